@@ -1,0 +1,261 @@
+"""The words of the project as data: task, turn, trajectory, sample. Stdlib only.
+
+One convention holds everywhere: a per-token list describes the token at its own index.
+``logprobs[t]`` is log p(token t | tokens before t), never shifted by one. The only shift in the
+project is inside the trainer, where a logit predicts the next position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+Message = dict[str, Any]
+"""An OpenAI-style chat message: ``{"role": ..., "content": ...}``, maybe with ``tool_calls``."""
+
+
+class _Word(str, Enum):
+    """A string enumeration whose members print as their value (``enum.StrEnum`` needs 3.11)."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class StopReason(_Word):
+    """Why one completion ended."""
+
+    STOP = "stop"
+    """The policy ended its turn: an end-of-turn token, or one of the caller's stop strings."""
+    LENGTH = "length"
+    """The token limit of the call was reached first; the turn has no end-of-turn token."""
+    ABORT = "abort"
+    """The engine was told to stop; what had been sampled by then is returned."""
+
+
+class Outcome(_Word):
+    """How one agent run ended. Only the first three are the policy's own doing, and are trained."""
+
+    FINISHED = "finished"
+    """The graph reached its end."""
+    TRUNCATED = "truncated"
+    """A token limit cut the run: of a call, of the rollout, or of the context."""
+    TURN_LIMIT = "turn_limit"
+    """The graph was stopped by LangGraph's recursion limit."""
+    AGENT_ERROR = "agent_error"
+    """User code of the agent raised, or returned something that is not an agent's output."""
+    JUDGE_ERROR = "judge_error"
+    """The reward function raised, or returned something that is not a finite number."""
+    ENGINE_ERROR = "engine_error"
+    """The engine failed: infrastructure, not the policy. Such a run is tried again."""
+    TIMEOUT = "timeout"
+    """The run took longer than ``runtime_args.agent_timeout_s``."""
+    ABORTED = "aborted"
+    """The run was cancelled from outside, at shutdown for instance."""
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the run says something about the policy (law 4: failures are never reward 0)."""
+        return self in (Outcome.FINISHED, Outcome.TRUNCATED, Outcome.TURN_LIMIT)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One dataset row, ready to be given to an agent."""
+
+    uid: str
+    """Stable name of the row: file stem and row number, ``train_agent:17``."""
+    messages: list[Message]
+    agent_name: str
+    agent_cfg_path: str | None
+    data_source: str
+    ground_truth: Any
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Every other column of the user's row; all of them reach ``run(**kwargs)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one call to the engine samples. Training and evaluation each have their own."""
+
+    temperature: float = 1.0
+    """0 means greedy."""
+    top_p: float = 1.0
+    top_k: int = -1
+    """-1 means no limit."""
+    max_new_tokens: int = 1024
+    stop: tuple[str, ...] = ()
+    """Stop strings; the text of the message ends before the first of them."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The token limits of one agent run."""
+
+    turn_tokens: int
+    """Most tokens sampled by one call."""
+    rollout_tokens: int
+    """Most tokens sampled by all calls of the run together."""
+    context_tokens: int
+    """Longest prompt plus completion of any one call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Who is asking the engine: caches are shared inside a group, and never beyond it."""
+
+    group: str
+    """The same for all siblings of one task in one episode."""
+    run: str
+    """Sibling and attempt: names one run inside the group."""
+
+    def __str__(self) -> str:
+        return f"{self.group}/{self.run}"
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What one ``Engine.generate`` returned."""
+
+    token_ids: list[int]  # [C]
+    logprobs: list[float]  # [C]
+    """log softmax(logits / temperature) of each sampled token, before top-p and top-k cut the
+    distribution: the number a trainer can compute again."""
+    stop_reason: StopReason
+    versions: tuple[int, int]
+    """Lowest and highest weight version that sampled a token of this completion."""
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(
+                f"Completion has {len(self.token_ids)} token_ids but {len(self.logprobs)} logprobs"
+            )
+
+
+@dataclass(slots=True)
+class Turn:
+    """One model call. ``prompt_ids`` is exactly what the engine was given (law 1)."""
+
+    id: int
+    """Position in the trajectory, in the order in which the calls were answered."""
+    parent: int | None
+    """The turn whose prompt and completion begin this prompt, or None for a new root."""
+    prompt_ids: list[int]  # [P]
+    completion: Completion
+    node: str = ""
+    """LangGraph node that made the call, '' outside a graph."""
+    checkpoint_ns: str = ""
+    """LangGraph's path of sub-graphs."""
+    step: int = 0
+    """LangGraph's super-step."""
+    tags: tuple[str, ...] = ()
+    timings: dict[str, float] = field(default_factory=dict)
+    """Seconds: ``prompt_s`` building the prompt, ``engine_s`` waiting for the engine."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and completion as one row. [P + C]"""
+        return self.prompt_ids + self.completion.token_ids
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """All turns of one agent run: a tree, because a graph may branch. Users return it under its
+    older name ``AgentGraphOutput``, and may set only ``reward`` and ``metrics`` on it."""
+
+    task: Task | None = None
+    turns: list[Turn] = field(default_factory=list)
+    reward: float | None = None
+    """None means not scored. It is never read as 0."""
+    outcome: Outcome = Outcome.FINISHED
+    metrics: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+    """The failure in words, with the traceback of user code; None when nothing failed."""
+    messages: list[Message] = field(default_factory=list)
+    """The conversation at the end of the run, as reward functions and the run folder see it."""
+    uid: str = ""
+    """Session of the run: ``{group}/{run}``."""
+
+    @property
+    def sampled_tokens(self) -> int:
+        return sum(len(turn.completion.token_ids) for turn in self.turns)
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the run has turns, a policy outcome and a reward."""
+        return self.outcome.is_trainable and self.reward is not None and bool(self.turns)
+
+
+@dataclass(slots=True)
+class Group:
+    """The siblings of one task: the unit of advantage, of staleness and of the ledger."""
+
+    task: Task
+    trajectories: list[Trajectory]  # [G]
+    ticket: int = 0
+    """Position of the prompt in the stream; the ledger knows the group by it."""
+
+    @property
+    def trainable(self) -> list[Trajectory]:
+        return [t for t in self.trajectories if t.is_trainable]
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether the rewards differ; equal rewards give every sibling advantage 0."""
+        return len({t.reward for t in self.trainable}) > 1
+
+
+@dataclass(slots=True)
+class Sample:
+    """One root-to-leaf row of tokens, ready to be packed.
+
+    A trajectory of two turns whose second prompt continues the first is one sample::
+
+        token_ids   [ prompt | completion 1 | tool result | completion 2 ]
+        loss_mask   [  0 0 0 |  1  1  1  1  |   0  0  0   |  1  1  1  1  ]
+    """
+
+    token_ids: list[int]  # [L]
+    loss_mask: list[bool]  # [L] True where the token is trained
+    rollout_logprobs: list[float]  # [L] 0.0 where loss_mask is False
+    advantages: list[float]  # [L] 0.0 where loss_mask is False
+    weight: float = 1.0
+    """Multiplies every trained token of the row in the loss and in its denominator."""
+    trajectory: str = ""
+    """``Trajectory.uid``."""
+    min_version: int = 0
+    """Oldest weights that sampled a trained token of the row."""
+
+    def __post_init__(self) -> None:
+        lengths = {
+            name: len(getattr(self, name))
+            for name in ("token_ids", "loss_mask", "rollout_logprobs", "advantages")
+        }
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"Sample {self.trajectory!r} has unequal lengths: {lengths}")
+        if self.loss_mask and self.loss_mask[0]:
+            raise ValueError(f"Sample {self.trajectory!r} trains its first token: no logit has it")
+
+    @property
+    def num_trained(self) -> int:
+        return sum(self.loss_mask)
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """Samples laid end to end without padding: the only tensors that cross a boundary."""
+
+    token_ids: torch.Tensor  # [T] int64
+    position_ids: torch.Tensor  # [T] int64, 0 at the start of each sample
+    cu_seqlens: torch.Tensor  # [N + 1] int32, sample n is [cu_seqlens[n], cu_seqlens[n + 1])
+    loss_mask: torch.Tensor  # [T] bool
+    rollout_logprobs: torch.Tensor  # [T] float32
+    advantages: torch.Tensor  # [T] float32
+    weights: torch.Tensor  # [T] float32, Sample.weight of the token's sample
+    denominator: float
+    """Sum of the weights of all trained tokens of the optimizer step, over every micro-batch and
+    rank: the same number everywhere, so how rows are cut and spread changes nothing (law 3)."""
