@@ -99,8 +99,9 @@ class Cluster(Protocol):
         """Around optimizer steps: colocated engines sleep, the trainer loads."""
         ...
 
-    def validate(self, tasks: Sequence[Task]) -> None:
-        """Before training: refuse a task whose agent, agent YAML or reward cannot be had."""
+    def validate(self, tasks: Sequence[Task]) -> list[Task]:
+        """Before training: refuse tasks whose agent, agent YAML or reward cannot be had, and
+        leave out those whose prompt is too long."""
         ...
 
     async def __aenter__(self) -> Cluster: ...

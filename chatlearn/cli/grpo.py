@@ -1,0 +1,38 @@
+"""``chatlearn grpo``: train with GRPO."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+
+from chatlearn.config import GrpoConfig, dump_config, load_config
+from chatlearn.config.plan import plan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config-file", metavar="YAML", help="template/local_cpu.yaml, …")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the configuration and the plan; run nothing"
+    )
+    parser.usage = "chatlearn grpo --config-file YAML [--dry-run] [key=value ...]"
+
+
+def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    cfg = load_config(arguments.config_file, overrides)
+    if arguments.dry_run:
+        sys.stdout.write(f"{dump_config(cfg)}\n{plan(cfg, _rows(cfg))}\n")
+        return
+    # Heavy imports come after the configuration was accepted: a typo answers at once.
+    from chatlearn.cluster.local import LocalCluster
+    from chatlearn.train import train
+
+    asyncio.run(train(cfg, LocalCluster(cfg)))
+
+
+def _rows(cfg: GrpoConfig) -> dict[str, int]:
+    from chatlearn.data.prompt_dataset import read_tasks
+
+    args = cfg.runtime_args
+    return {path: len(read_tasks([path])) for path in [*args.data_files, *args.eval_files]}

@@ -1,0 +1,147 @@
+"""Calling a reward function: user code, so behind a boundary and with its result checked."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from chatlearn.errors import JudgeError, boundary
+from chatlearn.rewards.registry import RewardFunction, describe
+from chatlearn.types import Message, Task, Trajectory
+
+
+async def score(
+    function: RewardFunction, *, trajectory: Trajectory, task: Task
+) -> tuple[float, dict[str, float]]:
+    """Reward and metrics of one trajectory. The trajectory is not changed.
+
+    The function is called with keywords: ``response``, ``messages``, ``ground_truth``,
+    ``data_source``, ``trajectory``, ``prompt``, ``uid``, ``agent_name``, ``agent_cfg_path`` and
+    every other column of the row (a column of one of these names is hidden by ours). Without
+    ``**kwargs`` it gets only the parameters it declares. A plain function runs in a thread, a
+    coroutine function in the event loop.
+
+    Raises:
+        JudgeError: it asks for a parameter nobody supplies, raises, or returns something that is
+            not a finite number or ``(number, {name: number})``.
+    """
+    where = f"reward {describe(function)} of task {task.uid}"
+    arguments = _select(function, _supply(trajectory, task), where)
+    if _is_async(function):
+        with boundary(JudgeError, where):
+            result = await function(**arguments)
+    else:
+
+        def call() -> Any:
+            with boundary(JudgeError, where):  # in the thread: a future can't carry StopIteration
+                return function(**arguments)
+
+        context = contextvars.copy_context()
+        result = await asyncio.get_running_loop().run_in_executor(None, context.run, call)
+        if inspect.isawaitable(result):
+            with boundary(JudgeError, where):
+                result = await result
+    with boundary(JudgeError, where):  # the repr of what it returned is the user's too
+        return _checked(result, where)
+
+
+def final_response(messages: Sequence[Message]) -> str:
+    """Text of the last assistant message; '' when there is none.
+
+    What a tool printed is never the answer, even when it comes last. Of content blocks, those with
+    text are joined.
+    """
+    for message in reversed(messages):
+        if message.get("role") == "assistant":
+            return _text(message.get("content"))
+    return ""
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    blocks = content if isinstance(content, list) else []
+    return "".join(
+        block if isinstance(block, str) else str(block.get("text") or "")
+        for block in blocks
+        if isinstance(block, str) or (isinstance(block, dict) and block.get("type") == "text")
+    )
+
+
+def _supply(trajectory: Trajectory, task: Task) -> dict[str, Any]:
+    return {
+        **task.fields,
+        "prompt": task.messages,
+        "uid": task.uid,
+        "agent_name": task.agent_name,
+        "agent_cfg_path": task.agent_cfg_path,
+        "response": final_response(trajectory.messages),
+        "messages": trajectory.messages,
+        "ground_truth": task.ground_truth,
+        "data_source": task.data_source,
+        "trajectory": trajectory,
+    }
+
+
+def _select(function: RewardFunction, supply: dict[str, Any], where: str) -> dict[str, Any]:
+    """The part of ``supply`` that the function takes."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some builtins have no signature
+        return supply
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    required = [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    missing = [name for name in required if name not in named or name not in supply]
+    if missing:
+        raise JudgeError(
+            f"{where} asks for {', '.join(missing)}, which the row does not have; "
+            f"available as keywords: {', '.join(sorted(supply))}"
+        )
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return supply
+    return {name: value for name, value in supply.items() if name in named}
+
+
+def _is_async(function: RewardFunction) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004 - an object with an async __call__
+    )
+
+
+def _checked(result: Any, where: str) -> tuple[float, dict[str, float]]:
+    if not isinstance(result, tuple):
+        return _number(result, result, where), {}
+    if len(result) != 2 or not isinstance(result[1], dict):
+        raise JudgeError(f"{where} {_returned(result)}; a tuple is (number, {{name: number}})")
+    metrics = {}
+    for name, value in result[1].items():
+        if not isinstance(name, str):
+            raise JudgeError(f"{where} {_returned(result)}; names of metrics are strings")
+        metrics[name] = _number(value, result, where)
+    return _number(result[0], result, where), metrics
+
+
+def _number(value: Any, result: Any, where: str) -> float:
+    """``value`` as a finite float: Python, numpy and one-element tensors, but never text."""
+    number = None
+    if hasattr(type(value), "__float__") and not isinstance(value, str):
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            number = None
+    if number is None or not math.isfinite(number):
+        raise JudgeError(f"{where} {_returned(result)}; a reward or metric is a finite number")
+    return number
+
+
+def _returned(result: Any) -> str:
+    text = repr(result)
+    return f"returned {text if len(text) <= 200 else text[:197] + '...'} ({type(result).__name__})"
