@@ -4,8 +4,8 @@
 
 One function for one process on a CPU and for a cluster: the difference is the ``Cluster`` it is
 given (law 6). Left out of the textbook on purpose: no value model (the group is the baseline), no
-second policy forward for old logprobs (the engine's own are exact and recorded), no reference
-forward unless ``kl_coef`` asks for one, and no filter for stale samples (slots bound staleness).
+second policy forward for old logprobs (the engine's own are recorded), no reference forward unless
+``kl_coef`` asks for one, and no filter for stale samples (slots bound staleness).
 """
 
 from __future__ import annotations
@@ -16,73 +16,66 @@ from collections.abc import Sequence
 from chatlearn.algorithm.advantages import group_advantages
 from chatlearn.algorithm.packing import pack
 from chatlearn.algorithm.samples import to_samples
-from chatlearn.config import GrpoConfig, dump_config
+from chatlearn.config import GrpoConfig
 from chatlearn.data.prompt_dataset import read_tasks
 from chatlearn.data.prompt_stream import PromptStream
-from chatlearn.interfaces import Cluster, Trainer
+from chatlearn.interfaces import Cluster
 from chatlearn.models.agent.evaluation import evaluate
 from chatlearn.models.agent.rollout_manager import RolloutManager
+from chatlearn.observability.checkpoints import episode_of, read_loop_state, write_loop_state
 from chatlearn.observability.metrics import eval_metrics, merge_steps, rollout_metrics
 from chatlearn.observability.run_folder import RunFolder
 from chatlearn.observability.tracker import Tracker
-from chatlearn.types import Group, Sample
+from chatlearn.types import Group, Sample, Task
 
 logger = logging.getLogger(__name__)
 
 
-async def train(cfg: GrpoConfig, cluster: Cluster) -> RunFolder:
-    """Run ``cfg`` to its last episode, continuing an unfinished run of the same name.
+async def train(cfg: GrpoConfig, cluster: Cluster, run: RunFolder, tracker: Tracker) -> None:
+    """Train to the last episode of ``cfg``, from the newest checkpoint of ``run`` if it has one.
 
     Raises:
         ChatLearnError: what, where and what to do; checkpoints written before it stay.
     """
     args = cfg.runtime_args
     tasks, eval_tasks = read_tasks(args.data_files), read_tasks(args.eval_files)
-    run = RunFolder.open(
-        args.output_dir,
-        args.exp_name,
-        resume=args.enable_resume_training,
-        config_text=dump_config(cfg),
-        keep=args.max_checkpoints,
-    )
-    with run, Tracker.open(run, cfg) as tracker:
-        async with cluster:
-            tasks = cluster.validate(tasks)
-            eval_tasks = cluster.validate(eval_tasks)
-            stream = PromptStream(tasks, seed=args.seed, shuffle=args.data_shuffle)
-            start = await _restore(run, cluster.trainer, stream)
-            await cluster.engine.publish(await cluster.trainer.weights(), version=start)
-            if start == 0 and args.enable_eval_before_training:
-                with tracker.episode(0) as log:
-                    log(await _evaluate(cfg, cluster, eval_tasks, run, tracker, episode=0))
-            async with _rollout_manager(cfg, cluster, stream, tracker) as rollouts:
-                for episode in range(start + 1, args.num_episode + 1):
-                    with tracker.episode(episode) as log:
-                        groups = await _episode(cfg, cluster, rollouts, run, tracker, log, episode)
-                        if cfg.evaluates_after(episode):
-                            log(await _evaluate(cfg, cluster, eval_tasks, run, tracker, episode))
-                    rollouts.release(groups)
-                    if cfg.saves_after(episode):
-                        with tracker.phase("save"), run.write_checkpoint(episode) as folder:
-                            await cluster.trainer.save(folder)
-                            run.write_loop_state(folder, {"stream": stream.state()})
-        run.finish()
-    return run
+    async with cluster:
+        stream = PromptStream(
+            cluster.validate(tasks), seed=args.seed, shuffle=args.data_shuffle
+        )
+        eval_tasks = cluster.validate(eval_tasks)
+        start = await _restore(run, cluster, stream)
+        await cluster.engine.publish(await cluster.trainer.weights(), version=start)
+        if start == 0 and args.enable_eval_before_training:
+            with tracker.episode(0) as log:
+                log(await _evaluate(cfg, cluster, eval_tasks, run, tracker, episode=0))
+
+        async with _rollout_manager(cfg, cluster, stream, tracker) as rollouts:
+            for episode in range(start + 1, args.num_episode + 1):
+                with tracker.episode(episode) as log:
+                    with tracker.timer("rollout", expected=args.sample_per_episode):
+                        groups = await rollouts.next_groups()
+                    advantages, rows = _score(groups)
+                    with tracker.timer("train"):
+                        log(merge_steps(await _learn(cfg, cluster, rows, version=episode)))
+                    log(rollout_metrics(groups) | rollouts.metrics())
+                    samples = [sample for row in rows for sample in row]
+                    run.write_rollouts(episode, groups + rollouts.dropped, advantages, samples)
+                    if cfg.evaluates_after(episode):
+                        log(await _evaluate(cfg, cluster, eval_tasks, run, tracker, episode))
+                rollouts.release(groups)
+                if cfg.saves_after(episode):
+                    with (
+                        tracker.timer("save"),
+                        run.write_checkpoint(episode, keep=args.max_checkpoints) as folder,
+                    ):
+                        await cluster.trainer.save(folder)
+                        write_loop_state(folder, {"stream": stream.state()})
+    run.finish()
 
 
-async def _episode(
-    cfg: GrpoConfig,
-    cluster: Cluster,
-    rollouts: RolloutManager,
-    run: RunFolder,
-    tracker: Tracker,
-    log: Tracker.Log,
-    episode: int,
-) -> list[Group]:
-    """Roll out, learn, publish. Returns the groups, which the caller releases."""
-    trainer = cluster.trainer
-    with tracker.phase("rollout"):
-        groups = await rollouts.next_groups()
+def _score(groups: Sequence[Group]) -> tuple[dict[str, float], list[list[Sample]]]:
+    """Advantage of every trainable trajectory by uid, and its samples as one row of a list."""
     advantages = {uid: a for group in groups for uid, a in group_advantages(group).items()}
     rows = [
         to_samples(trajectory, advantages[trajectory.uid])
@@ -90,44 +83,54 @@ async def _episode(
         for trajectory in group.trajectories
         if trajectory.uid in advantages
     ]
-    with tracker.phase("train"):
-        async with cluster.training():
-            steps = [
-                await trainer.step(pack(samples, cfg.models.policy_trainer.max_token_in_packing))
-                for _ in range(cfg.runtime_args.num_training_epoch)
-                for samples in _steps(rows, cfg.runtime_args.rollouts_per_step)
-            ]
-            weights = await trainer.weights()
-    with tracker.phase("publish"):
-        await cluster.engine.publish(weights, version=episode)
-    log(merge_steps(steps))
-    log(rollout_metrics(groups) | rollouts.metrics())
-    run.write_rollouts(
-        episode, groups + rollouts.dropped, advantages, [s for row in rows for s in row]
-    )
-    return groups
+    return advantages, rows
 
 
-def _steps(rows: Sequence[list[Sample]], rollouts_per_step: int) -> list[list[Sample]]:
-    """The samples of each optimizer step; a rollout is never split over two (law 3)."""
-    return [
-        [sample for row in rows[i : i + rollouts_per_step] for sample in row]
-        for i in range(0, len(rows), rollouts_per_step)
-    ]
+async def _learn(
+    cfg: GrpoConfig, cluster: Cluster, rows: Sequence[list[Sample]], *, version: int
+) -> list[dict[str, float]]:
+    """The optimizer steps of an episode, then the new weights go to the engine.
+
+    Rows without advantage pull on nothing unless a KL or an entropy term does: they stay in the
+    denominator and out of the forward pass. A rollout is never split over two steps.
+    """
+    settings, size = cfg.models.policy_trainer, cfg.runtime_args.rollouts_per_step
+    needs_all_rows = settings.kl_coef > 0 or settings.entropy_coef != 0
+    metrics = []
+    async with cluster.training():
+        for _ in range(cfg.runtime_args.num_training_epoch):
+            for i in range(0, len(rows), size):
+                samples = [sample for row in rows[i : i + size] for sample in row]
+                batches = pack(
+                    samples, settings.max_token_in_packing, keep_zero_advantages=needs_all_rows
+                )
+                if batches:
+                    metrics.append(await cluster.trainer.step(batches))
+        weights = await cluster.trainer.weights()
+    await cluster.engine.publish(weights, version=version)
+    return metrics
 
 
-async def _evaluate(cfg, cluster, tasks, run, tracker, episode) -> dict[str, float]:
-    with tracker.phase("evaluate"):
+async def _evaluate(
+    cfg: GrpoConfig,
+    cluster: Cluster,
+    tasks: Sequence[Task],
+    run: RunFolder,
+    tracker: Tracker,
+    episode: int,
+) -> dict[str, float]:
+    samples_per_task = cfg.models.policy.eval_num_inference_per_prompt
+    with tracker.timer("evaluate"):
         groups = await evaluate(
             cluster.run_agent,
             tasks,
             sampling=cfg.eval_sampling(),
             budget=cfg.eval_budget(),
-            samples_per_task=cfg.models.policy.eval_num_inference_per_prompt,
+            samples_per_task=samples_per_task,
             max_concurrent_rollouts=cfg.runtime_args.max_concurrent_rollouts,
         )
-    run.write_rollouts(episode, groups, {}, [], kind="eval")
-    return eval_metrics(groups)
+    run.write_rollouts(episode, groups, {}, [], name="eval")
+    return eval_metrics(groups, samples_per_task)
 
 
 def _rollout_manager(
@@ -140,7 +143,7 @@ def _rollout_manager(
         sampling=cfg.train_sampling(),
         budget=cfg.train_budget(),
         group_size=cfg.models.policy.num_inference_per_prompt,
-        groups_per_episode=args.sample_per_episode // cfg.models.policy.num_inference_per_prompt,
+        groups_per_episode=cfg.prompts_per_episode,
         max_staleness=args.max_staleness,
         max_concurrent_rollouts=args.max_concurrent_rollouts,
         max_failed_fraction=args.max_failed_fraction,
@@ -149,13 +152,10 @@ def _rollout_manager(
     )
 
 
-async def _restore(run: RunFolder, trainer: Trainer, stream: PromptStream) -> int:
+async def _restore(run: RunFolder, cluster: Cluster, stream: PromptStream) -> int:
     """Continue from the run's newest checkpoint; returns the episode it was written after."""
-    logger.info("%s", run.said)
     if run.checkpoint is None:
-        run.rewind(0)
         return 0
-    await trainer.restore(run.checkpoint)
-    stream.restore(run.read_loop_state()["stream"])
-    run.rewind(run.checkpoint_episode)
-    return run.checkpoint_episode
+    await cluster.trainer.restore(run.checkpoint)
+    stream.restore(read_loop_state(run.checkpoint)["stream"])
+    return episode_of(run.checkpoint)

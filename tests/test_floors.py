@@ -25,11 +25,12 @@ FLOORS = {
     "chatlearn.models.policy": 3,
     "chatlearn.cluster": 4,
     "chatlearn.train": 5,
+    "chatlearn.launch": 6,
     "chatlearn.cli": 6,
     "chatlearn.entrypoint": 6,
     "chatlearn.__main__": 6,
 }
-"""Rooms of one floor do not know each other, except for the three of floor 6."""
+"""Rooms of one floor do not know each other, except on the lowest and the highest."""
 
 ALLOWED = {
     "torch": ("chatlearn.algorithm", "chatlearn.models", "chatlearn.cluster"),
@@ -83,7 +84,8 @@ def test_imports_go_downwards(module, path):
         if own is None or other is None or own == other:
             continue
         below = FLOORS[other] < FLOORS[own]
-        assert below or FLOORS[own] == FLOORS[other] == 6, f"{module} imports {name}"
+        same = FLOORS[own] == FLOORS[other] and FLOORS[own] in (0, 6)
+        assert below or same, f"{module} imports {name}"
 
 
 @pytest.mark.parametrize(("library", "rooms"), ALLOWED.items(), ids=ALLOWED)

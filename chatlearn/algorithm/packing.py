@@ -11,7 +11,9 @@ from chatlearn.errors import TrainerError
 from chatlearn.types import MicroBatch, Sample
 
 
-def pack(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatch]:
+def pack(
+    samples: Sequence[Sample], max_tokens: int, *, keep_zero_advantages: bool = True
+) -> list[MicroBatch]:
     """Pack the samples of one optimizer step into micro-batches of at most ``max_tokens``.
 
     First-fit decreasing: the longest row goes first, each into the first micro-batch with room
@@ -19,12 +21,17 @@ def pack(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatch]:
     samples always give the same micro-batches. Every micro-batch carries the same denominator:
     the weight of all trained tokens of all ``samples``.
 
+    Args:
+        keep_zero_advantages: False leaves out rows whose advantages are all 0. They have no
+            gradient under a pure policy loss, and still count in the denominator.
+
     Raises:
         TrainerError: a sample is longer than ``max_tokens``; it is named.
     """
     bins: list[list[Sample]] = []
     room: list[int] = []
-    for sample in sorted(samples, key=lambda s: len(s.token_ids), reverse=True):
+    rows = [s for s in samples if keep_zero_advantages or any(s.advantages)]
+    for sample in sorted(rows, key=lambda s: len(s.token_ids), reverse=True):
         length = len(sample.token_ids)
         if length > max_tokens:
             raise TrainerError(
@@ -39,7 +46,7 @@ def pack(samples: Sequence[Sample], max_tokens: int) -> list[MicroBatch]:
         bins[place].append(sample)
         room[place] -= length
     denominator = total_weight(samples)
-    return [collate(rows, denominator) for rows in bins]
+    return [collate(packed, denominator) for packed in bins]
 
 
 def total_weight(samples: Iterable[Sample]) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 from collections.abc import Sequence
 
@@ -25,10 +24,9 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         sys.stdout.write(f"{dump_config(cfg)}\n{plan(cfg, _rows(cfg))}\n")
         return
     # Heavy imports come after the configuration was accepted: a typo answers at once.
-    from chatlearn.cluster.local import LocalCluster
-    from chatlearn.train import train
+    from chatlearn.launch import launch
 
-    asyncio.run(train(cfg, LocalCluster(cfg)))
+    launch(cfg)
 
 
 def _rows(cfg: GrpoConfig) -> dict[str, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -11,7 +10,7 @@ import torch
 
 from chatlearn.config import GrpoConfig
 from chatlearn.data.prompt_dataset import drop_long
-from chatlearn.errors import AgentError, ConfigError
+from chatlearn.errors import ConfigError
 from chatlearn.models.agent.agent_module import AgentFactory, import_modules
 from chatlearn.models.agent.agent_run import run_agent, sets_own_reward
 from chatlearn.models.agent.chat_model import CustomChatModel
@@ -23,8 +22,6 @@ from chatlearn.models.policy.loading import eos_token_ids, load_policy, load_tok
 from chatlearn.models.policy.trainer import PolicyTrainer, TrainerSettings
 from chatlearn.rewards.registry import resolve_reward
 from chatlearn.types import Budget, SamplingParams, Session, Task, Trajectory
-
-logger = logging.getLogger(__name__)
 
 
 class LocalCluster:
@@ -51,9 +48,10 @@ class LocalCluster:
                 f"models.policy_trainer.num_gpu={cfg.models.policy_trainer.num_gpu}, but PyTorch "
                 "sees no CUDA device; set num_gpu=0 to train on the CPU"
             )
+        precision = cfg.precision(device.type)
         load = {
             "device": device,
-            "precision": cfg.precision(device.type),
+            "precision": precision,
             "trust_remote_code": cfg.models.policy_trainer.trust_remote_code,
         }
         tokenizer = load_tokenizer(cfg.policy_path)
@@ -73,7 +71,7 @@ class LocalCluster:
         self.trainer = PolicyTrainer(
             model,
             tokenizer,
-            _trainer_settings(cfg, device.type),
+            _trainer_settings(cfg, precision),
             reference=load_policy(cfg.reference_path, **load) if kl else None,
         )
         self._lockstep = Lockstep()
@@ -120,13 +118,11 @@ class LocalCluster:
                     "in runtime_args.import_modules, or reward_fn: pkg.mod:function to the row or "
                     "the YAML"
                 )
-        kept, dropped = drop_long(
+        kept, _ = drop_long(
             tasks,
             lambda task: len(self._prompts.first(task.messages)),
             self._cfg.models.policy.max_prompt_tokens_length,
         )
-        if dropped:
-            logger.warning("%d of %d prompts are too long and left out", dropped, len(tasks))
         return kept
 
     async def run_agent(
@@ -153,7 +149,7 @@ class LocalCluster:
         await self.engine.wake()
 
 
-def _trainer_settings(cfg: GrpoConfig, device_type: str) -> TrainerSettings:
+def _trainer_settings(cfg: GrpoConfig, precision: str) -> TrainerSettings:
     trainer = cfg.models.policy_trainer
     optimizer = trainer.optimizer
     return TrainerSettings(
@@ -171,5 +167,5 @@ def _trainer_settings(cfg: GrpoConfig, device_type: str) -> TrainerSettings:
         neg_clip_ratio=trainer.neg_clip_ratio,
         temperature=cfg.models.policy.temperature,
         gradient_checkpointing=trainer.gradient_checkpointing,
-        precision=cfg.precision(device_type),
+        precision=precision,
     )

@@ -31,7 +31,7 @@ _HELPER = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from chatlearn.rewards.equivalence import serve
-serve()
+serve(cpu_seconds=float(sys.argv[2]))
 """
 
 
@@ -54,7 +54,8 @@ def equivalent(gold: str, answer: str) -> bool:
 class _Helpers:
     """At most ``size`` helper processes, each started when first needed, kept for later."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, cpu_seconds: float) -> None:
+        self._cpu_seconds = cpu_seconds
         self._idle: queue.LifoQueue[_Helper | None] = queue.LifoQueue()
         for _ in range(size):
             self._idle.put(None)
@@ -64,7 +65,7 @@ class _Helpers:
         try:
             for _ in range(2):  # once more if the helper had died before, or of something else
                 if helper is None or not helper.is_ours():
-                    helper = _Helper()
+                    helper = _Helper(self._cpu_seconds)
                 equal = helper.ask(gold, answer)
                 if equal is not None:
                     return equal
@@ -89,10 +90,10 @@ class _Helpers:
 class _Helper:
     """One process, asked one question at a time: a JSON line each way."""
 
-    def __init__(self) -> None:
+    def __init__(self, cpu_seconds: float) -> None:
         self._owner = os.getpid()
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _HELPER, json.dumps(sys.path)],
+            [sys.executable, "-c", _HELPER, json.dumps(sys.path), str(cpu_seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -131,10 +132,10 @@ class _Helper:
         return self._process.wait()
 
 
-_helpers = _Helpers(HELPERS)
+_helpers = _Helpers(HELPERS, CPU_SECONDS)
 
 
-def serve() -> None:
+def serve(cpu_seconds: float) -> None:
     """The helper's main loop: compare until standard input ends, which it does with the parent."""
     import resource
 
@@ -150,7 +151,7 @@ def serve() -> None:
     _compare("1", "2")  # imports and builds the grammar outside the time limit
     for line in questions:
         gold, answer = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         equal = _compare(gold, answer)
         signal.setitimer(signal.ITIMER_PROF, 0)
         answers.write(json.dumps(equal) + "\n")
@@ -186,5 +187,5 @@ def _is_undefined(value: Any) -> bool:
 
 def _plain(text: str) -> str:
     """One line without math delimiters, dollars and final punctuation."""
-    text = re.sub(r"(?<!\\)\\[()\[\]]|\\?\$|\s+", " ", text)  # but not the \\[5pt] of a matrix
+    text = re.sub(r"(?<!\\)\\[()\[\]]|\\?\$|\s+", " ", text)
     return re.sub(r" +", " ", text).strip().rstrip(".,;").strip()

@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import inspect
 import math
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,8 +46,7 @@ async def score(
         if inspect.isawaitable(result):
             with boundary(JudgeError, where):
                 result = await result
-    with boundary(JudgeError, where):  # the repr of what it returned is the user's too
-        return _checked(result, where)
+    return _checked(result, where)
 
 
 def final_response(messages: Sequence[Message]) -> str:
@@ -124,7 +124,7 @@ def _checked(result: Any, where: str) -> tuple[float, dict[str, float]]:
     metrics = {}
     for name, value in result[1].items():
         if not isinstance(name, str):
-            raise JudgeError(f"{where} {_returned(result)}; names of metrics are strings")
+            raise JudgeError(f"{where} {_returned(result)}; metrics are {{name: number}}")
         metrics[name] = _number(value, result, where)
     return _number(result[0], result, where), metrics
 
@@ -143,5 +143,6 @@ def _number(value: Any, result: Any, where: str) -> float:
 
 
 def _returned(result: Any) -> str:
-    text = repr(result)
-    return f"returned {text if len(text) <= 200 else text[:197] + '...'} ({type(result).__name__})"
+    short = reprlib.Repr()  # cuts long values, and survives a __repr__ that raises
+    short.maxother = short.maxstring = 200
+    return f"returned {short.repr(result)} ({type(result).__name__})"

@@ -1,4 +1,4 @@
-"""The agent's own YAML (``agent_cfg_path`` of a row), read as attributes: ``self.cfg.max_turns``."""
+"""The agent's own YAML (a row's ``agent_cfg_path``), read as attributes: ``self.cfg.max_turns``."""
 
 from __future__ import annotations
 

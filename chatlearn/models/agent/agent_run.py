@@ -190,9 +190,7 @@ def _settle(trajectory: Trajectory, run: Run, where: str) -> None:
     elif not trajectory.turns:
         trajectory.outcome = Outcome.AGENT_ERROR
         trajectory.error = f"{where} ended without one call of self.llm: there is nothing to learn"
-    elif run.recorder.exhausted:
-        trajectory.outcome = Outcome.TRUNCATED
-    elif trajectory.turns[-1].completion.stop_reason is StopReason.LENGTH:
+    elif run.recorder.exhausted or trajectory.turns[-1].completion.stop_reason is StopReason.LENGTH:
         trajectory.outcome = Outcome.TRUNCATED
     elif trajectory.turns[-1].completion.stop_reason is StopReason.ABORT:
         trajectory.outcome = Outcome.ABORTED

@@ -5,11 +5,11 @@ plus the template's rendering of only the new messages (law 1). What the templat
 assistant turn and the next message is found by rendering a two-message stub in front of the new
 messages: everything after the stub's end-of-turn token is the continuation.
 
-    held      <|im_start|>user ... <|im_start|>assistant\\n{sampled}<|im_end|>
-    rendered  <|im_start|>user ? <|im_end|> <|im_start|>assistant STUB<|im_end|>\\n<|im_start|>user...
-    appended                                                              \\n<|im_start|>user...
+    held      <user> question <end> <assistant> sampled <end>
+    rendered  <user> ? <end> <assistant> STUB <end> \\n <user> new <end> <assistant>
+    appended                                       \\n <user> new <end> <assistant>
 
-A turn cut by its token limit has no end-of-turn token; it is then closed the way the template would.
+A turn cut by its token limit has no end-of-turn token; it is then closed as the template would.
 """
 
 from __future__ import annotations

@@ -1,0 +1,184 @@
+"""Keys that must agree with each other. Every rule names the keys, their values and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from chatlearn.config.schema import GrpoConfig
+
+_SAMPLES = "runtime_args.sample_per_episode"
+_STEP = "runtime_args.train_global_batch_size"
+_GROUP = "models.policy.num_inference_per_prompt"
+_PROMPT = "models.policy.max_prompt_tokens_length"
+_PACKING = "models.policy_trainer.max_token_in_packing"
+
+
+class Conflict(NamedTuple):
+    """One disagreement."""
+
+    keys: tuple[str, ...]
+    """Every key that takes part, so that a key already refused need not be blamed twice."""
+    message: str
+
+
+def conflicts(cfg: GrpoConfig) -> list[Conflict]:
+    """Everything in ``cfg`` that cannot be true at once, whatever each key says alone."""
+    rules = (unbuilt, _devices, _batches, _lengths, _models, _companions)
+    return [conflict for rule in rules for conflict in rule(cfg)]
+
+
+def unbuilt(cfg: GrpoConfig) -> Iterator[Conflict]:
+    """What the schema has a word for and this version cannot do yet. Delete when it can."""
+    run = cfg.runtime_args
+    for key, value, built in (
+        ("runtime_args.cluster", run.cluster, "local"),
+        ("runtime_args.rollout_backend", run.rollout_backend, "embedded"),
+    ):
+        if value != built:
+            yield Conflict(
+                (key,),
+                f"{key} = {value}: this version has only runtime_args.cluster=local and "
+                f"runtime_args.rollout_backend=embedded; set {key}={built}",
+            )
+
+
+def _devices(cfg: GrpoConfig) -> Iterator[Conflict]:
+    run, models = cfg.runtime_args, cfg.models
+    if run.cluster == "local":
+        for name, model in models:
+            key = f"models.{name}.num_gpu"
+            if model.num_gpu > 1:
+                yield Conflict(
+                    (key, "runtime_args.cluster"),
+                    f"{key} = {model.num_gpu} with runtime_args.cluster = local: one process "
+                    f"drives one device; set {key} to 1, or to 0 for the CPU",
+                )
+    key = "models.policy.tensor_model_parallel_size"
+    split = models.policy.tensor_model_parallel_size
+    if run.rollout_backend == "embedded" and split != 1:
+        yield Conflict(
+            (key, "runtime_args.rollout_backend"),
+            f"{key} = {split} with runtime_args.rollout_backend = embedded: that engine is on one "
+            f"device; set {key}=1",
+        )
+
+
+def _batches(cfg: GrpoConfig) -> Iterator[Conflict]:
+    run = cfg.runtime_args
+    divisors = {_GROUP: cfg.models.policy.num_inference_per_prompt}
+    if run.train_global_batch_size is not None:
+        divisors[_STEP] = run.train_global_batch_size
+    for key, divisor in divisors.items():
+        if run.sample_per_episode % divisor:
+            below = run.sample_per_episode // divisor * divisor
+            choices = f"{below} or {below + divisor}" if below else f"{divisor}"
+            yield Conflict(
+                (_SAMPLES, key),
+                f"{_SAMPLES} = {run.sample_per_episode} is not a multiple of {key} = {divisor}; "
+                f"set {_SAMPLES} to {choices}",
+            )
+
+
+def _lengths(cfg: GrpoConfig) -> Iterator[Conflict]:
+    policy = cfg.models.policy
+    packing = cfg.models.policy_trainer.max_token_in_packing
+    context, keys, where = policy.train_context, ["models.policy.max_seq_len"], ""
+    if policy.max_seq_len is None:
+        keys += [_PROMPT, "models.policy.max_response_tokens_length"]
+        where = " (prompt + response lengths)"
+    if context > packing:
+        yield Conflict(
+            (*keys, _PACKING),
+            f"models.policy.max_seq_len = {context}{where} is more than {_PACKING} = {packing}: "
+            f"such a row fits no micro-batch; set {_PACKING} to at least {context}, or a smaller "
+            "models.policy.max_seq_len",
+        )
+    for prefix, limit in (("", policy.max_seq_len), ("eval_", policy.eval_max_seq_len)):
+        if limit is not None and limit <= policy.max_prompt_tokens_length:
+            key = f"models.policy.{prefix}max_seq_len"
+            yield Conflict(
+                (key, _PROMPT),
+                f"{key} = {limit} leaves no room after {_PROMPT} = "
+                f"{policy.max_prompt_tokens_length}; raise the first or lower the second",
+            )
+    for prefix, turn, rollout in (
+        ("", policy.max_tokens_per_turn, policy.max_response_tokens_length),
+        ("eval_", policy.eval_max_tokens_per_turn, policy.eval_response),
+    ):
+        if turn is not None and turn > rollout:
+            one, whole = (
+                f"models.policy.{prefix}{name}"
+                for name in ("max_tokens_per_turn", "max_response_tokens_length")
+            )
+            yield Conflict(
+                (one, whole, "models.policy.max_response_tokens_length"),
+                f"{one} = {turn} is more than {whole} = {rollout}: a call cannot sample more than "
+                "its rollout; lower the first or raise the second",
+            )
+
+
+def _models(cfg: GrpoConfig) -> Iterator[Conflict]:
+    policy, trainer = cfg.models.policy, cfg.models.policy_trainer
+    if cfg.runtime_args.rollout_backend != "embedded":
+        return
+    if policy.num_gpu != trainer.num_gpu:
+        keys = ("models.policy.num_gpu", "models.policy_trainer.num_gpu")
+        yield Conflict(
+            keys,
+            f"{keys[0]} = {policy.num_gpu} is not {keys[1]} = {trainer.num_gpu}: the embedded "
+            "engine shares the trainer's weights; set both to the same number",
+        )
+    ref, kl = cfg.models.ref_policy, trainer.kl_coef
+    if ref.num_gpu != trainer.num_gpu and (kl or ref.num_gpu):
+        keys = ("models.ref_policy.num_gpu", "models.policy_trainer.num_gpu")
+        yield Conflict(
+            (*keys, "models.policy_trainer.kl_coef"),
+            f"{keys[0]} = {ref.num_gpu} is not {keys[1]} = {trainer.num_gpu}: in one process the "
+            "reference is on the trainer's device; set both to the same number",
+        )
+    if policy.load is not None and policy.load != trainer.load:
+        keys = ("models.policy.load", "models.policy_trainer.load")
+        yield Conflict(
+            keys,
+            f"{keys[0]} = {policy.load} is not {keys[1]} = {trainer.load}: the embedded engine "
+            f"samples from the trainer's weights; leave {keys[0]} out",
+        )
+
+
+def _companions(cfg: GrpoConfig) -> Iterator[Conflict]:
+    """A key that needs another one to act."""
+    run, optimizer = cfg.runtime_args, cfg.models.policy_trainer.optimizer
+    evaluates = {
+        "runtime_args.eval_episode_interval": run.eval_episode_interval,
+        "runtime_args.enable_eval_before_training": run.enable_eval_before_training,
+    }
+    for key, value in evaluates.items():
+        if value and not run.eval_files:
+            yield Conflict(
+                (key, "runtime_args.eval_data_path"),
+                f"{key} = {str(value).lower()} but runtime_args.eval_data_path = "
+                f'"{run.eval_data_path}" names no file; set the path, or {key}='
+                f"{'false' if value is True else 0}",
+            )
+    log, section = run.log_args_dict, "runtime_args.log_args_dict"
+    if log.enable_wandb and not log.wandb_project:
+        yield Conflict(
+            (f"{section}.enable_wandb", f"{section}.wandb_project"),
+            f"{section}.enable_wandb = true but {section}.wandb_project = null; name the project",
+        )
+    if optimizer.min_lr > 0:
+        section = "models.policy_trainer.optimizer"
+        if optimizer.lr_schedule == "constant":
+            yield Conflict(
+                (f"{section}.min_lr", f"{section}.lr_schedule"),
+                f"{section}.min_lr = {optimizer.min_lr} does nothing with {section}.lr_schedule = "
+                "constant; set the schedule to linear or cosine, or min_lr=0",
+            )
+        if optimizer.min_lr > optimizer.lr:
+            yield Conflict(
+                (f"{section}.min_lr", f"{section}.lr"),
+                f"{section}.min_lr = {optimizer.min_lr} is more than {section}.lr = "
+                f"{optimizer.lr}; the rate falls from lr to min_lr, so lower the first",
+            )

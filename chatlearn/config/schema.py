@@ -1,0 +1,407 @@
+"""Every key a run can set: its type, its default, and under it what it means.
+
+The docstrings are the manual (``docs/config.md`` is generated from them). Numbers that follow from
+the keys are properties of the section; they are never stored, so they cannot disagree. The tree
+is frozen and its types are strict: ``"50"`` is not a number and ``1`` is not a boolean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, get_origin
+
+from pydantic import Field, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+from chatlearn.config.kinds import (
+    Below1,
+    FileList,
+    FileNames,
+    FolderName,
+    Name,
+    NotNegative,
+    Positive,
+    Section,
+    Share,
+    Temperature,
+    TopK,
+    Whole,
+    only,
+)
+from chatlearn.config.rules import conflicts
+from chatlearn.types import Budget, SamplingParams
+
+
+class LogArgs(Section):
+    """Where metrics go besides ``metrics.jsonl``, which is always written."""
+
+    enable_tensorboard: bool = True
+    """Write TensorBoard events to the run folder."""
+    enable_wandb: bool = False
+    """Send metrics to Weights & Biases. Needs the extra ``chatlearn[wandb]`` and a project."""
+    wandb_project: str | None = None
+    """Project of the W&B run; required with ``enable_wandb``."""
+    wandb_name: str | None = None
+    """Display name of the W&B run. null = W&B makes one up."""
+    wandb_id: str | None = None
+    """Id of the W&B run, to continue one. null = a new id."""
+    wandb_dir: str | None = None
+    """Folder of W&B's own files. null = the run folder."""
+    wandb_resume: Literal["allow", "must", "never", "auto"] = "allow"
+    """What W&B does when the id exists already, as in ``wandb.init(resume=…)``."""
+
+
+class RuntimeArgs(Section):
+    """The run: where, on what data, how long."""
+
+    exp_name: FolderName = "chatlearn"
+    """Name of the experiment: its runs are folders under ``{output_dir}/{exp_name}``."""
+    output_dir: Name = "outputs"
+    """Folder of all experiments."""
+    seed: Whole = 1234
+    """Seed of the data order and of sampling. With ``cluster=local`` a run repeats bit for bit."""
+    cluster: Literal["local", "ray"] = "local"
+    """Who runs where: ``local`` is one process on one device."""
+    rollout_backend: Literal["embedded", "sglang"] = "embedded"
+    """What samples: ``embedded`` is the engine inside this process, with the trainer's weights."""
+    task_type: Annotated[
+        Literal["agent"],
+        only("agent", "only agents are trained; a plain chat is an agent of one model call"),
+    ] = "agent"
+    """Always ``agent``: every dataset row names the agent that runs on it."""
+    use_rollout_manager: Annotated[
+        Literal[True], only(True, "the rollout manager is the only way agents are run")
+    ] = True
+    """Always true, and here because launch commands set it."""
+    import_modules: Annotated[tuple[Name, ...], Field(strict=False)] = ()
+    """Your code, imported before anything runs so that it can register agents and rewards: a list
+    of modules (``pkg.mod``) and files (``path/to/agent.py``)."""
+    data_path: FileNames
+    """Training rows: a .json, .jsonl or .parquet file, or several separated by commas."""
+    eval_data_path: FileList = ""
+    """Evaluation rows, spelled like ``data_path``. Empty = there are none."""
+    data_shuffle: bool = True
+    """Shuffle the prompts anew for every pass over the data. False = the order of the files."""
+    num_episode: Positive = 200
+    """Episodes in all. An episode samples, trains and publishes new weights."""
+    sample_per_episode: Positive = 64
+    """Rollouts an episode: prompts × ``models.policy.num_inference_per_prompt``."""
+    train_global_batch_size: Positive | None = None
+    """Rollouts an optimizer step; must divide ``sample_per_episode``. null = all of them, one step
+    an episode."""
+    num_training_epoch: Positive = 1
+    """Passes over the rollouts of an episode. Every pass after the first is off-policy."""
+    max_staleness: Whole = 0
+    """Most episodes by which the weights that sampled a rollout may be older than the weights it
+    trains. 0 = on-policy: sampling waits for training."""
+    replace_zero_signal_groups: bool = False
+    """Sample another prompt when all rollouts of a group earned the same reward: they would have
+    no advantage and teach nothing."""
+    max_concurrent_rollouts: Positive = 64
+    """Agent runs going on at once."""
+    agent_timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds one agent run may take, tools included; then its outcome is ``timeout``."""
+    max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of an episode's rollouts that may fail (agent, judge, engine, timeout) before the run
+    stops and says why. 0 = the first failure stops it, 1 = none does."""
+    save_episode_interval: Whole = 50
+    """Episodes between checkpoints; the last episode is saved too. 0 = only at the end."""
+    max_checkpoints: Positive | None = 3
+    """Checkpoints kept; older ones are deleted. null = all are kept."""
+    enable_resume_training: bool = True
+    """Continue the newest unfinished run of this ``exp_name``. False = start a new one."""
+    eval_episode_interval: Whole = 0
+    """Episodes between evaluations; the last episode is evaluated too. 0 = never."""
+    enable_eval_before_training: bool = False
+    """Evaluate the untrained weights first."""
+    log_args_dict: LogArgs = LogArgs()
+    """Metrics besides ``metrics.jsonl``."""
+
+    @property
+    def data_files(self) -> list[str]:
+        """The training files."""
+        return _split(self.data_path)
+
+    @property
+    def eval_files(self) -> list[str]:
+        """The evaluation files; empty when there are none."""
+        return _split(self.eval_data_path)
+
+    @property
+    def rollouts_per_step(self) -> int:
+        """Rollouts an optimizer step."""
+        return self.train_global_batch_size or self.sample_per_episode
+
+    @property
+    def steps_per_episode(self) -> int:
+        """Optimizer steps an episode, over all its passes."""
+        return self.sample_per_episode // self.rollouts_per_step * self.num_training_epoch
+
+
+class PolicyConfig(Section):
+    """The policy as it samples."""
+
+    load: Name | None = None
+    """Model folder or hub id. null = ``models.policy_trainer.load``."""
+    num_gpu: Whole = 0
+    """GPUs that sample. 0 = the CPU."""
+    tensor_model_parallel_size: Positive = 1
+    """GPUs that one engine is split over."""
+    is_sync_mode: Annotated[
+        Literal[False], only(False, "agents await the engine; there is no synchronous mode")
+    ] = False
+    """Always false, and here because launch commands set it."""
+    num_inference_per_prompt: Annotated[int, Field(ge=2)] = 8
+    """Group size: rollouts of one prompt, whose rewards are compared with each other."""
+    temperature: Temperature = 1.0
+    """Sampling temperature in training; the losses use the same one. More than 0:
+    without exploration all rollouts of a prompt are equal."""
+    top_p: Share = 1.0
+    """Nucleus sampling: keep the likeliest tokens that hold this much probability. 1 = all."""
+    top_k: TopK = -1
+    """Sample among so many likeliest tokens. -1 = all."""
+    max_prompt_tokens_length: Positive = 1024
+    """Tokens a row's prompt may have, tools and chat template included."""
+    max_response_tokens_length: Positive = 2048
+    """Tokens sampled by all calls of one rollout together."""
+    max_tokens_per_turn: Positive | None = None
+    """Tokens sampled by one call. null = ``max_response_tokens_length``."""
+    max_seq_len: Positive | None = None
+    """Tokens in any one context: prompt, answers and tool results. null = prompt + response
+    lengths, which leaves no extra room for tool results."""
+    eval_num_inference_per_prompt: Positive = 1
+    """Rollouts of one prompt in evaluation; their rewards are averaged."""
+    eval_temperature: NotNegative = 0.6
+    """Temperature in evaluation. 0 = greedy."""
+    eval_top_p: Share = 0.95
+    """``top_p`` of evaluation."""
+    eval_top_k: TopK = -1
+    """``top_k`` of evaluation."""
+    eval_max_response_tokens_length: Positive | None = None
+    """Tokens sampled by one evaluation rollout. null = ``max_response_tokens_length``."""
+    eval_max_tokens_per_turn: Positive | None = None
+    """Tokens sampled by one call in evaluation. null = ``max_tokens_per_turn`` where that is set
+    (and no more than the rollout may sample), else all of the rollout's."""
+    eval_max_seq_len: Positive | None = None
+    """Tokens in any one context of an evaluation. null = as in training, plus what an evaluation
+    rollout may sample more than a training one."""
+    tool_parser: Name = "hermes"
+    """How tool calls are written in this model's text."""
+    enable_thinking: bool = False
+    """Passed to the chat template; templates that know no thinking ignore it."""
+    max_concurrent_requests: Positive = 64
+    """Slots of the embedded engine: rows decoded at once. Each holds a cache of one context."""
+
+    @property
+    def train_context(self) -> int:
+        """Most tokens in one context of a training rollout."""
+        return self.max_seq_len or self.max_prompt_tokens_length + self.max_response_tokens_length
+
+    @property
+    def eval_response(self) -> int:
+        """Most tokens sampled by one evaluation rollout."""
+        return self.eval_max_response_tokens_length or self.max_response_tokens_length
+
+    @property
+    def eval_context(self) -> int:
+        """Most tokens in one context of an evaluation rollout."""
+        more = max(0, self.eval_response - self.max_response_tokens_length)
+        return self.eval_max_seq_len or self.train_context + more
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning rate."""
+
+    lr: NotNegative = 1e-6
+    """Learning rate after the warm-up."""
+    min_lr: NotNegative = 0.0
+    """Learning rate at the end of a linear or cosine schedule."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the rate falls from ``lr`` to ``min_lr`` over the run."""
+    warmup_steps: Whole = 0
+    """Optimizer steps over which the rate rises to ``lr``. 0 = it starts there."""
+    weight_decay: NotNegative = 0.01
+    """Decoupled weight decay. 0 = off."""
+    adam_beta1: Below1 = 0.9
+    """Decay of the gradient's running mean."""
+    adam_beta2: Below1 = 0.95
+    """Decay of the squared gradient's running mean."""
+    clip_grad: NotNegative = 1.0
+    """Largest norm of the whole gradient. 0 = not clipped."""
+
+
+class PolicyTrainerConfig(Section):
+    """The policy as it learns."""
+
+    load: Name
+    """Model folder or hub id that training starts from."""
+    num_gpu: Whole = 0
+    """GPUs that train. 0 = the CPU."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Numbers of the forward and backward pass. ``auto`` = fp32 on a CPU, bf16 on a GPU, where the
+    optimizer keeps fp32 masters."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and its learning rate."""
+    kl_coef: NotNegative = 0.0
+    """Weight of the KL penalty towards the reference. 0 = no reference is loaded."""
+    entropy_coef: NotNegative = 0.0
+    """Weight of the entropy bonus. 0 = off."""
+    pos_clip_ratio: Annotated[float, Field(gt=0)] = 0.2
+    """The probability ratio is clipped at 1 + this (the upper clip of PPO and GRPO)."""
+    neg_clip_ratio: Share = 0.2
+    """The probability ratio is clipped at 1 - this."""
+    max_token_in_packing: Positive = 8192
+    """Tokens in a micro-batch: rows are laid end to end up to this many. Bounds the memory of a
+    training pass; changes nothing else."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Run the Python files in the model folder (transformers' ``trust_remote_code``)."""
+
+
+class RefPolicyConfig(Section):
+    """The frozen model that the KL penalty pulls towards."""
+
+    load: Name | None = None
+    """Model folder or hub id. null = ``models.policy_trainer.load``."""
+    num_gpu: Whole = 0
+    """GPUs of the reference. 0 = the CPU. With ``cluster=local`` the same number as the trainer's;
+    matters only with a ``kl_coef``."""
+
+
+class Models(Section):
+    """The three roles of a model."""
+
+    policy: PolicyConfig = PolicyConfig()
+    """The policy as it samples."""
+    policy_trainer: PolicyTrainerConfig
+    """The policy as it learns."""
+    ref_policy: RefPolicyConfig = RefPolicyConfig()
+    """The frozen model that the KL penalty pulls towards."""
+
+
+class GrpoConfig(Section):
+    """The whole configuration of ``chatlearn grpo``."""
+
+    runtime_args: RuntimeArgs
+    """The run: where, on what data, how long."""
+    models: Models
+    """The three roles of a model."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> GrpoConfig:
+        found = conflicts(self)
+        if found:
+            text = "\n".join(conflict.message for conflict in found)
+            raise PydanticCustomError("conflicts", "{text}", {"text": text, "conflicts": found})
+        return self
+
+    @property
+    def prompts_per_episode(self) -> int:
+        """Groups an episode."""
+        return self.runtime_args.sample_per_episode // self.models.policy.num_inference_per_prompt
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run, for the learning rate schedule."""
+        return self.runtime_args.steps_per_episode * self.runtime_args.num_episode
+
+    def saves_after(self, episode: int) -> bool:
+        """Whether a checkpoint is due after ``episode``, counted from 1."""
+        return self._is_due(episode, self.runtime_args.save_episode_interval, at_end=True)
+
+    def evaluates_after(self, episode: int) -> bool:
+        """Whether an evaluation is due after ``episode``, counted from 1."""
+        interval = self.runtime_args.eval_episode_interval
+        return self._is_due(episode, interval, at_end=interval > 0)
+
+    def _is_due(self, episode: int, interval: int, *, at_end: bool) -> bool:
+        if episode == self.runtime_args.num_episode:
+            return at_end
+        return interval > 0 and episode % interval == 0
+
+    @property
+    def policy_path(self) -> str:
+        """Model folder or hub id that samples."""
+        return self.models.policy.load or self.models.policy_trainer.load
+
+    @property
+    def reference_path(self) -> str:
+        """Model folder or hub id of the reference."""
+        return self.models.ref_policy.load or self.models.policy_trainer.load
+
+    def precision(self, device_type: str) -> Literal["fp32", "bf16"]:
+        """``models.policy_trainer.precision``, decided for a device ``cpu`` or ``cuda``."""
+        chosen = self.models.policy_trainer.precision
+        if chosen == "auto":
+            return "bf16" if device_type == "cuda" else "fp32"
+        return chosen
+
+    def train_sampling(self) -> SamplingParams:
+        """How training rollouts sample."""
+        policy = self.models.policy
+        return SamplingParams(
+            temperature=policy.temperature,
+            top_p=policy.top_p,
+            top_k=policy.top_k,
+            max_new_tokens=self.train_budget().turn_tokens,
+            seed=self.runtime_args.seed,
+        )
+
+    def eval_sampling(self) -> SamplingParams:
+        """How evaluation rollouts sample."""
+        policy = self.models.policy
+        return SamplingParams(
+            temperature=policy.eval_temperature,
+            top_p=policy.eval_top_p,
+            top_k=policy.eval_top_k,
+            max_new_tokens=self.eval_budget().turn_tokens,
+            seed=self.runtime_args.seed,
+        )
+
+    def train_budget(self) -> Budget:
+        """Token limits of a training rollout."""
+        policy = self.models.policy
+        rollout = policy.max_response_tokens_length
+        return Budget(
+            turn_tokens=policy.max_tokens_per_turn or rollout,
+            rollout_tokens=rollout,
+            context_tokens=policy.train_context,
+        )
+
+    def eval_budget(self) -> Budget:
+        """Token limits of an evaluation rollout."""
+        policy = self.models.policy
+        rollout = policy.eval_response
+        inherited = min(policy.max_tokens_per_turn or rollout, rollout)
+        return Budget(
+            turn_tokens=policy.eval_max_tokens_per_turn or inherited,
+            rollout_tokens=rollout,
+            context_tokens=policy.eval_context,
+        )
+
+
+def sections(root: type[Section] = GrpoConfig, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Every node of the tree with its dotted name, parents first; the root's name is ''."""
+    yield prefix, root
+    for name, field in root.model_fields.items():
+        kind = field.annotation
+        # In Python 3.10 tuple[str, ...] passes for a type, and issubclass refuses it.
+        if get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, Section):
+            yield from sections(kind, f"{prefix}.{name}" if prefix else name)
+
+
+def keys() -> dict[str, FieldInfo]:
+    """Every settable key, dotted, with its field; sections themselves are not keys."""
+    nodes = dict(sections())
+    return {
+        key: field
+        for prefix, node in nodes.items()
+        for name, field in node.model_fields.items()
+        if (key := f"{prefix}.{name}".lstrip(".")) not in nodes
+    }
+
+
+def _split(paths: str) -> list[str]:
+    return [part.strip() for part in paths.split(",") if part.strip()]

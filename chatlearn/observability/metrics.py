@@ -1,0 +1,129 @@
+"""Numbers that describe rollouts: pure functions from groups to flat ``area/quantity`` keys.
+
+A number that nothing was measured for is absent, never 0 (law 4): an episode in which every run
+failed has no ``reward/mean``. Failures are counted under ``outcome/``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, pstdev
+
+from chatlearn.types import Group, Outcome, Trajectory
+
+_TOOL_COUNTS = {
+    "tool_calls": "tools/calls",
+    "tool_errors": "tools/errors",
+    "invalid_tool_calls": "tools/invalid_calls",
+}
+"""Keys of ``Trajectory.metrics`` that are summed over rollouts, and their names here."""
+
+PASS_THRESHOLD = 1.0
+"""A task counts as passed when its best reward reaches this."""
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Describe one episode's rollouts.
+
+    ``reward/*`` and ``response/*`` are over trainable trajectories, ``turns/*`` over those that
+    made a call, ``tokens/generated``, ``tools/*`` and ``outcome/*`` over all; ``agent/<key>`` is
+    the mean of a metric the agent or its reward set, over the trajectories that set it.
+    """
+    trajectories = [t for group in groups for t in group.trajectories]
+    trained = [t for t in trajectories if t.is_trainable]
+    rewards = [t.reward for t in trained if t.reward is not None]
+    turns = [len(t.turns) for t in trajectories if t.turns]
+    lengths = [t.sampled_tokens for t in trained]
+    metrics: dict[str, float] = {}
+    if rewards:
+        metrics |= {"reward/mean": fmean(rewards), "reward/std": pstdev(rewards)}
+    metrics |= _outcomes(trajectories, "outcome/")
+    metrics["groups/count"] = float(len(groups))
+    metrics["groups/zero_signal"] = float(sum(not group.has_signal for group in groups))
+    metrics["tokens/generated"] = float(sum(t.sampled_tokens for t in trajectories))
+    if turns:
+        metrics |= {"turns/mean": fmean(turns), "turns/max": float(max(turns))}
+    for key, name in _TOOL_COUNTS.items():
+        counts = [t.metrics[key] for t in trajectories if key in t.metrics]
+        if counts:
+            metrics[name] = float(sum(counts))
+    if trained:
+        truncated = sum(t.outcome is Outcome.TRUNCATED for t in trained)
+        metrics["response/truncated_fraction"] = truncated / len(trained)
+        metrics["response/tokens_mean"] = fmean(lengths)
+        metrics["response/tokens_max"] = float(max(lengths))
+    return metrics | _user_means(trajectories, "agent/")
+
+
+def eval_metrics(groups: Sequence[Group], k: int) -> dict[str, float]:
+    """Describe an evaluation with ``k`` rollouts a task.
+
+    ``eval/reward_mean`` (mean@k) is the mean over tasks of a task's mean reward, ``best_of_{k}``
+    the mean of a task's best, ``pass@{k}`` the fraction of tasks whose best reaches
+    ``PASS_THRESHOLD``. A failed rollout is left out and counted (``eval/failed``); a task with
+    none left is left out too (``eval/tasks`` counts the others).
+    """
+    trajectories = [t for group in groups for t in group.trajectories]
+    rewards: list[list[float]] = []
+    by_source: defaultdict[str, list[float]] = defaultdict(list)
+    for group in groups:
+        scores = [t.reward for t in group.trajectories if _is_scored(t) and t.reward is not None]
+        if scores:
+            rewards.append(scores)
+            by_source[group.task.data_source].append(fmean(scores))
+    scored = sum(map(_is_scored, trajectories))
+    metrics = {
+        "eval/tasks": float(len(rewards)),
+        "eval/failed": float(len(trajectories) - scored),
+    }
+    if rewards:
+        best = [max(scores) for scores in rewards]
+        metrics["eval/reward_mean"] = fmean(map(fmean, rewards))
+        metrics[f"eval/best_of_{k}"] = fmean(best)
+        metrics[f"eval/pass@{k}"] = fmean(score >= PASS_THRESHOLD for score in best)
+    for source, means in sorted(by_source.items()):
+        metrics[f"eval/{source}/reward_mean"] = fmean(means)
+    metrics |= _outcomes(trajectories, "eval/outcome/")
+    return _user_means([t for t in trajectories if _is_scored(t)], "eval/") | metrics
+
+
+def merge_steps(steps: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """One dict from those of several optimizer steps.
+
+    ``*_max`` keeps the largest and ``*_min`` the smallest; ``tokens/*`` and ``time/*`` add up,
+    except rates (``*per_s``); everything else is the mean over the steps that report it.
+    """
+    collected: defaultdict[str, list[float]] = defaultdict(list)
+    for step in steps:
+        for key, value in step.items():
+            collected[key].append(float(value))
+    return {key: _merge(key, values) for key, values in collected.items()}
+
+
+def _merge(key: str, values: list[float]) -> float:
+    if key.endswith(("_max", "/max")):
+        return max(values)
+    if key.endswith(("_min", "/min")):
+        return min(values)
+    if key.startswith(("tokens/", "time/")) and not key.endswith("per_s"):
+        return sum(values)
+    return fmean(values)
+
+
+def _is_scored(trajectory: Trajectory) -> bool:
+    return trajectory.outcome.is_trainable and trajectory.reward is not None
+
+
+def _outcomes(trajectories: Iterable[Trajectory], prefix: str) -> dict[str, float]:
+    counts = Counter(t.outcome for t in trajectories)
+    return {f"{prefix}{outcome.value}": float(counts[outcome]) for outcome in Outcome}
+
+
+def _user_means(trajectories: Iterable[Trajectory], prefix: str) -> dict[str, float]:
+    values: defaultdict[str, list[float]] = defaultdict(list)
+    for trajectory in trajectories:
+        for key, value in trajectory.metrics.items():
+            if key not in _TOOL_COUNTS:
+                values[key].append(float(value))
+    return {f"{prefix}{key}": fmean(found) for key, found in sorted(values.items())}
