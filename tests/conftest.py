@@ -129,3 +129,155 @@ def run_graph(llm, tokenizer, say):
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tokenizer, tmp_path_factory) -> str:
+    """Folder of an untrained Qwen3 of two small layers, with the byte-level tokenizer."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+        )
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def project(tmp_path, tiny_policy):
+    """A user's project: an agent of their own that asks twice, its reward, and two datasets.
+
+    ``project.run("key=value", …)`` trains in a process of its own, as a user would, and returns the
+    finished process; ``project.runs`` are the run folders, oldest first.
+    """
+    return Project(tmp_path, tiny_policy)
+
+
+AGENT_FILE = '''
+"""Asks, hears "again", asks once more. The reward is the share of letters a to m."""
+
+import os
+import signal
+
+from langgraph.graph import START, MessagesState, StateGraph
+
+from chatlearn.models.agent import BaseAgentGraph, register
+from chatlearn.rewards import reward
+
+runs = 0
+
+
+@register("asks_twice")
+class AsksTwice(BaseAgentGraph):
+    def build_graph(self):
+        async def first(state: MessagesState):
+            return {"messages": [await self.llm.ainvoke(state["messages"]), ("user", "again")]}
+
+        def second(state: MessagesState):  # a sync node: LangGraph runs it in a thread
+            return {"messages": [self.llm.invoke(state["messages"])]}
+
+        graph = StateGraph(MessagesState)
+        graph.add_node("first", first)
+        graph.add_node("second", second)
+        graph.add_edge(START, "first")
+        graph.add_edge("first", "second")
+        return graph
+
+
+@reward("letters")
+def letters(messages):
+    global runs
+    runs += 1
+    if runs == int(os.environ.get("KILL_AT_RUN", 0)):
+        os.kill(os.getpid(), signal.SIGKILL)
+    text = "".join(m["content"] for m in messages if m["role"] == "assistant")
+    return sum(letter in "abcdefghijklm" for letter in text) / max(len(text), 1)
+'''
+
+
+class Project:
+    """See the fixture ``project``."""
+
+    def __init__(self, folder, policy: str) -> None:
+        import json
+
+        self.folder = folder
+        self.policy = policy
+        (folder / "my_agent.py").write_text(AGENT_FILE)
+        for name, count in (("train", 12), ("test", 4)):
+            rows = [
+                {
+                    "agent_name": "asks_twice",
+                    "agent_cfg_path": None,
+                    "data_source": "letters",
+                    "prompt": [{"role": "user", "content": f"say {name} {i}"}],
+                }
+                for i in range(count)
+            ]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / f"{name}.jsonl").write_text(text)
+
+    @property
+    def settings(self) -> list[str]:
+        return [
+            "runtime_args.data_path=train.jsonl",
+            "runtime_args.import_modules=[my_agent.py]",
+            "runtime_args.exp_name=letters",
+            "runtime_args.num_episode=4",
+            "runtime_args.sample_per_episode=16",
+            "runtime_args.save_episode_interval=1",
+            "runtime_args.log_args_dict.enable_tensorboard=False",
+            f"models.policy_trainer.load={self.policy}",
+            "models.policy_trainer.optimizer.lr=0.01",
+            "models.policy.num_inference_per_prompt=4",
+            "models.policy.max_prompt_tokens_length=64",
+            "models.policy.max_response_tokens_length=16",
+            "models.policy.max_tokens_per_turn=8",
+            "models.policy.max_seq_len=128",
+        ]
+
+    def run(self, *overrides: str, check: bool = True, **environment: str):
+        import subprocess
+        import sys
+
+        done = subprocess.run(
+            [sys.executable, "-m", "chatlearn", "grpo", *self.settings, *overrides],
+            cwd=self.folder,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        if check:
+            assert done.returncode == 0, done.stderr
+        return done
+
+    @property
+    def runs(self):
+        found = (self.folder / "outputs" / "letters").iterdir()
+        return sorted(path for path in found if not path.is_symlink())
+
+    def weights(self, run, episode: int) -> bytes:
+        return (run / f"checkpoints/episode_{episode:06d}/hf/model.safetensors").read_bytes()
+
+    def metrics(self, run) -> list[dict]:
+        import json
+
+        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -42,7 +42,7 @@ def read_tasks(paths: Sequence[str]) -> list[Task]:
     """Read .json, .jsonl and .parquet files into tasks, in file and row order.
 
     Args:
-        paths: dataset files; each may be given once.
+        paths: dataset files; each may be given once. None at all (no evaluation data) is no task.
 
     Returns:
         One task a row. ``uid`` is ``{file stem}:{row number}``, counted from 0; files of the same
@@ -52,8 +52,6 @@ def read_tasks(paths: Sequence[str]) -> list[Task]:
         DataError: a file is missing, of an unknown suffix, empty or unparsable; or rows are wrong:
             then the first few are listed with file, line, field and remedy.
     """
-    if not paths:
-        raise DataError("no dataset is given; set runtime_args.data_path to a file")
     files = [Path(path) for path in paths]
     check_files(files)
     tasks: list[Task] = []

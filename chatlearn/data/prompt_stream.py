@@ -40,7 +40,9 @@ class PromptStream:
 
     def __init__(self, tasks: Sequence[Task], *, seed: int, shuffle: bool) -> None:
         if not tasks:
-            raise DataError("a prompt stream needs at least one task; the dataset is empty")
+            raise DataError(
+                "there is no prompt to train on; set runtime_args.data_path to a dataset"
+            )
         self._tasks = list(tasks)
         self._seed = seed
         self._shuffle = shuffle

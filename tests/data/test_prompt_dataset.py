@@ -197,8 +197,7 @@ def test_files_that_cannot_be_read(tmp_path):
     ]:
         with pytest.raises(DataError, match=message):
             read_tasks([str(tmp_path / name)])
-    with pytest.raises(DataError, match=r"runtime_args\.data_path"):
-        read_tasks([])
+    assert read_tasks([]) == [], "no evaluation data is not an error"
 
 
 def task(length):

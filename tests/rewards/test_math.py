@@ -16,6 +16,7 @@ from chatlearn.rewards import equivalence
 from chatlearn.rewards.math import (
     MAX_ANSWER_CHARS,
     arithmetic_reward,
+    final_answer_reward,
     gsm8k_reward,
     last_box,
     math_reward,
@@ -82,6 +83,8 @@ def test_equal_mathematics_is_right(gold, answer):
         ("5", r"\infty"),
         (r"\frac12", r"} \frac{1}{2} {"),
         (r"\frac12", r"is it $\frac{1}{2}$ or $\frac{1}{3}$"),
+        (r"\frac12", r"\frac{1}{3} \begin{x} \frac{1}{2}"),  # the whole does not parse, a part does
+        (r"\frac12", r"final answer is \frac{1}{2}. I hope"),
         ("1,3", "1"),
         ("(1,2)", "(2,1)"),
         ("[1,2]", "(1,2)"),
@@ -168,6 +171,24 @@ def test_gsm8k(response, expected):
 def test_arithmetic(response, expected):
     assert arithmetic_reward(response, "-888") == expected
     assert arithmetic_reward(r"\boxed{2,401}", 2401) == RIGHT
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        (r"\boxed{888}", RIGHT),
+        (r"\boxed{\frac{1776}{2}}", RIGHT),
+        (r"\boxed{888} and then 5", RIGHT),
+        (r"888, or \boxed{887}", WRONG),
+        (r"888, or \boxed{}", NONE),
+        (r"888, or \boxed{88", WRONG),
+        ("37*24 = 888.", RIGHT),
+        ("It is 888, not 889.", WRONG),
+        ("I cannot.", NONE),
+    ],
+)
+def test_final_answer_is_the_box_or_else_the_last_number(response, expected):
+    assert final_answer_reward(response, "888") == expected
 
 
 def test_a_task_without_ground_truth_is_an_error_and_not_a_wrong_answer():

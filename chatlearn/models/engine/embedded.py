@@ -15,6 +15,7 @@ and ``Lockstep`` sees to the order. ``benchmarks/engine.py`` measures it against
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 
@@ -246,6 +247,8 @@ class EmbeddedEngine:
             return
         draws = [request.draws[len(request.logprobs)] for request in requests]
         tokens, logprobs = sample(logits, draws, [request.sampling for request in requests])
+        if not all(map(math.isfinite, logprobs)):
+            raise EngineError("the model's logits are not finite: did the last update diverge?")
         self._sampled += len(tokens)
         for request, token, logprob in zip(requests, tokens, logprobs, strict=True):
             request.token_ids.append(token)

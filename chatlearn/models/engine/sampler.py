@@ -62,14 +62,13 @@ def _is_cut(params: SamplingParams) -> bool:
 def _invert(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """The first index whose cumulative weight exceeds ``points`` of the total. [R, V], [R] -> [R]
 
-    ``points`` is kept below the total and the comparison is strict, so a weight of zero, which does
-    not raise the cumulative sum, is never picked. A device that sums in parallel may round the sum
-    down on the way; there a zero weight falls back to the likeliest token.
+    The comparison is strict, so a weight of zero, which does not raise the cumulative sum, is never
+    picked; and a point is at most 1 - 2**-24, whose product with the total rounds to less than the
+    total. A device that sums in parallel may round the sum down on the way; there a zero weight
+    falls back to the likeliest token. The clamp is for rows of nan, which the caller refuses.
     """
     cumulative = weights.cumsum(dim=-1)
-    total = cumulative[:, -1]
-    below = torch.nextafter(total, torch.zeros_like(total))
-    target = torch.minimum(points * total, below)[:, None]
+    target = points[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
     tokens = tokens.clamp_(max=weights.shape[-1] - 1)
     if weights.device.type != "cpu":

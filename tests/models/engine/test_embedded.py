@@ -152,6 +152,16 @@ async def test_a_later_turn_computes_only_what_is_new(model):
     assert stats["engine/prefill_tokens"] == 6 + 9
 
 
+async def test_a_side_call_does_not_cost_the_conversation_its_cache(model):
+    """A summary that shares 10 tokens with the conversation copies them; turn 2 finds all 41."""
+    engine = engine_of(model)
+    first = await ask(engine, prompt(4, 30))
+    await ask(engine, prompt(4, 30)[:10] + prompt(5, 7))
+    engine.stats()
+    await ask(engine, prompt(4, 30) + first.token_ids)
+    assert engine.stats()["engine/prefill_tokens_reused"] == 41
+
+
 async def test_nothing_is_shared_between_groups(model):
     engine = engine_of(model)
     await ask(engine, prompt(4, 30), who=session(0))
@@ -380,6 +390,16 @@ async def test_a_failing_forward_fails_those_in_flight_and_no_one_later():
     broken = False
     assert gap(model, prompt(0), await ask(engine, prompt(0))) < 1e-5
     hook.remove()
+
+
+async def test_a_diverged_model_is_an_engine_error():
+    model = build()
+    engine = engine_of(model)
+    with torch.no_grad():
+        model.lm_head.weight[5, 0] = float("nan")
+    for params in (PARAMS, replace(PARAMS, top_k=3), replace(PARAMS, temperature=0.0)):
+        with pytest.raises(EngineError, match="not finite"):
+            await ask(engine, prompt(1), params)
 
 
 async def test_a_failing_decode_fails_only_its_caller():
