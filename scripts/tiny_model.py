@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # torch and transformers load late: a folder that is ready co
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Threads that spin while they wait turn this minute into ten as soon as the cores are shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 Message = dict[str, Any]
 

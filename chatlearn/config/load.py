@@ -233,19 +233,19 @@ def _unknown(key: str) -> str:
 
 
 def _nearest(key: str, known: Iterable[str]) -> str | None:
-    """A slip among its siblings, else the same leaf elsewhere, else whatever looks alike."""
+    """A slip among its siblings, else the same leaf elsewhere: in the section most like ``key``'s.
+
+    Leaves are compared alone, because a long common prefix makes any two keys look alike.
+    """
     section, leaf = _split(key)
     siblings = {_split(name)[1]: name for name in known if _split(name)[0] == section}
-    leaves = {_split(name)[1]: name for name in known}
-    same_leaf = [name for name in known if _split(name)[1] == leaf]
-    for near in (
-        [siblings[name] for name in difflib.get_close_matches(leaf, siblings, 1, 0.75)],
-        difflib.get_close_matches(key, same_leaf, 1, 0.0),
-        difflib.get_close_matches(key, known, 1, 0.75),
-        [leaves[name] for name in difflib.get_close_matches(leaf, leaves, 1, 0.8)],
-    ):
-        if near:
-            return near[0]
+    for slip in difflib.get_close_matches(leaf, siblings, 1, 0.75):
+        return siblings[slip]
+    leaves = {_split(name)[1] for name in known}
+    for same in difflib.get_close_matches(leaf, leaves, 1, 0.75):
+        return difflib.get_close_matches(
+            key, [name for name in known if _split(name)[1] == same], 1, 0.0
+        )[0]
     return None
 
 

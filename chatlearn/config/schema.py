@@ -114,7 +114,7 @@ class RuntimeArgs(Section):
     eval_episode_interval: Whole = 0
     """Episodes between evaluations; the last episode is evaluated too. 0 = never."""
     enable_eval_before_training: bool = False
-    """Evaluate the untrained weights first."""
+    """Evaluate the untrained weights first, and the last ones, whatever the interval."""
     log_args_dict: LogArgs = LogArgs()
     """Metrics besides ``metrics.jsonl``."""
 
@@ -313,8 +313,9 @@ class GrpoConfig(Section):
 
     def evaluates_after(self, episode: int) -> bool:
         """Whether an evaluation is due after ``episode``, counted from 1."""
-        interval = self.runtime_args.eval_episode_interval
-        return self._is_due(episode, interval, at_end=interval > 0)
+        args = self.runtime_args
+        at_end = args.eval_episode_interval > 0 or args.enable_eval_before_training
+        return self._is_due(episode, args.eval_episode_interval, at_end=at_end)
 
     def _is_due(self, episode: int, interval: int, *, at_end: bool) -> bool:
         if episode == self.runtime_args.num_episode:

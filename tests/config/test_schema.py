@@ -252,3 +252,10 @@ def test_a_contradiction_is_refused_without_the_loader_too() -> None:
     tree["runtime_args"]["sample_per_episode"] = 60
     with pytest.raises(pydantic.ValidationError, match="sample_per_episode = 60"):
         GrpoConfig.model_validate(tree)
+
+
+def test_an_unknown_key_is_refused_without_the_loader_too() -> None:
+    tree = load().model_dump()
+    tree["models"]["policy"]["temprature"] = 1.0
+    with pytest.raises(pydantic.ValidationError, match="temprature"):
+        GrpoConfig.model_validate(tree)

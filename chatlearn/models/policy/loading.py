@@ -17,6 +17,7 @@ from chatlearn.errors import ConfigError, TrainerError
 from chatlearn.models.policy.optimizer import dtype_of
 
 _KEY = "models.policy_trainer.load"
+_CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def load_policy(
@@ -52,6 +53,12 @@ def load_policy(
         )
     except (OSError, ValueError, ImportError) as error:
         raise TrainerError(f"{path} cannot be loaded as a causal LM: {error}") from error
+    made_as = model.config.architectures or []
+    if any("For" in name and not name.endswith(_CAUSAL) for name in made_as):
+        raise TrainerError(
+            f"{path} is a {', '.join(made_as)}, not a causal LM: it was not trained to continue "
+            f"text. Set {_KEY} to a causal LM."
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise TrainerError(

@@ -8,6 +8,7 @@ backward pass where one piece would not do.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from chatlearn.errors import TrainerError
-from chatlearn.models.policy.attention import Segments, attending_packed, body_inputs
+from chatlearn.models.policy.attention import Segments, body_inputs
 
 _LOGITS_AT_ONCE = 2**26
 """Most fp32 logits that live at once (256 MiB): rows of a piece times vocabulary."""
 _PROBE = (9, 5)
 """Lengths of the two segments that ``PolicyForward.check`` compares."""
+
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class TokenLogprobs(NamedTuple):
@@ -54,6 +57,12 @@ class PolicyForward:
         if self.head is None:
             raise TrainerError(f"{name} has no output embeddings, so it is not a causal LM.")
         config = model.config.get_text_config()
+        layers = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS
+        if layers:
+            raise TrainerError(
+                f"{name} has {', '.join(sorted(layers))} layers, which would see from one packed "
+                "sample into the next. Train a model with full or sliding attention."
+            )
         self._soft_cap: float | None = getattr(config, "final_logit_softcapping", None)
         self._scale = float(getattr(config, "logit_scale", None) or 1.0)
         self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)
@@ -119,8 +128,10 @@ class PolicyForward:
         mean_logit = (torch.softmax(logits, dim=-1) * logits).sum(dim=-1)
         return logprobs, log_sum - mean_logit
 
-    def check(self) -> None:
+    def check(self, packed: AbstractContextManager[None]) -> None:
         """Compare this way to the logits with the model's own, on two short packed segments.
+
+        ``packed`` is entered around this way only; in it the model attends packed.
 
         Catches what would otherwise train silently on wrong numbers: a head that does more than a
         matrix product, dropout that is on, layers (linear attention, convolutions) that see from
@@ -140,7 +151,7 @@ class PolicyForward:
             own = [self.model(part, use_cache=False).logits[0] for part in parts]
             theirs = torch.cat(own).float()
             try:
-                with attending_packed(self.body.config):
+                with packed:
                     ours = self.logits(self.hidden(ids, positions, segments))
             except (TypeError, RuntimeError) as error:
                 raise TrainerError(self._refusal(f"it raised: {error}")) from error

@@ -14,12 +14,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -130,15 +132,13 @@ class PolicyTrainer:
         self.settings = settings
         self.updates = 0
         self._schedule = settings.schedule
-        if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._recomputed = _recomputed_layers(model) if settings.gradient_checkpointing else []
         self._policy = PolicyForward(model)
         self._reference: PolicyForward | None = None
         if settings.kl_coef > 0 and reference is not None:
             self._reference = PolicyForward(reference.eval().requires_grad_(False))
-            self._reference.check()
-        with self._training():
-            self._policy.check()
+            self._reference.check(attending_packed(self._reference.body.config))
+        self._policy.check(self._training())
         self._optimizer = PolicyOptimizer(
             model, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
         )
@@ -228,18 +228,13 @@ class PolicyTrainer:
         transformers recomputes a layer whose own ``training`` is True; its children keep theirs,
         so no dropout goes on.
         """
-        layers = [
-            m
-            for m in self.model.modules()
-            if self.settings.gradient_checkpointing and isinstance(m, GradientCheckpointingLayer)
-        ]
         with ExitStack() as stack:
-            stack.enter_context(attending_packed(self._policy.body.config))
-            if self._reference is not None:
-                stack.enter_context(attending_packed(self._reference.body.config))
-            for layer in layers:
-                layer.training = True
+            for forward in filter(None, (self._policy, self._reference)):
+                stack.enter_context(attending_packed(forward.body.config))
+            for layer in self._recomputed:
+                layer.training = layer.gradient_checkpointing = True
                 stack.callback(setattr, layer, "training", False)
+                stack.callback(setattr, layer, "gradient_checkpointing", False)
             yield
 
     def _place(
@@ -337,6 +332,16 @@ class PolicyTrainer:
             f"{', '.join(names[:3]) or 'none alone'} for instance; no update was made. Lower "
             "models.policy_trainer.optimizer.lr, or train in fp32."
         )
+
+
+def _recomputed_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """The layers of ``model`` that can be recomputed, told how to be."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise TrainerError(f"{type(model).__name__} has no layers for gradient_checkpointing.")
+    for layer in layers:
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    return layers
 
 
 def _in_groups(samples: Sequence[Sample], limit: int) -> Iterator[list[Sample]]:

@@ -21,6 +21,15 @@ from chatlearn.types import SamplingParams, Session
 PARAMS = SamplingParams(max_new_tokens=6)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that spin for their next piece of a tiny matrix only fight over shared cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def engine_of(lockstep=None, max_slots=16):
     torch.manual_seed(0)
     config = Qwen3Config(

@@ -1,0 +1,81 @@
+"""Packing: what is laid where, under which limit, with which denominator."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chatlearn.algorithm.packing import collate, pack
+from chatlearn.errors import TrainerError
+from chatlearn.types import Sample
+
+
+def sample(length: int, trained: int = 1, name: str = "g/0", weight: float = 1.0, first: int = 0):
+    """``first, first + 1, ...``, the last ``trained`` of them trained."""
+    on = [i >= length - trained for i in range(length)]
+    numbers = [float(first + i) if o else 0.0 for i, o in enumerate(on)]
+    ids = list(range(first, first + length))
+    return Sample(ids, on, [-n for n in numbers], numbers, weight, name)
+
+
+def test_two_samples_in_one_row():
+    """
+    samples   [10 11 12]  [20 21]        weights 1 and 2
+    packed     10 11 12    20 21
+    """
+    [batch] = pack([sample(2, 1, weight=2.0, first=20), sample(3, 2, first=10)], max_tokens=5)
+    assert batch.token_ids.tolist() == [10, 11, 12, 20, 21]
+    assert batch.position_ids.tolist() == [0, 1, 2, 0, 1]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5]
+    assert batch.loss_mask.tolist() == [False, True, True, False, True]
+    assert batch.rollout_logprobs.tolist() == [0, -11, -12, 0, -21]
+    assert batch.advantages.tolist() == [0, 11, 12, 0, 21]
+    assert batch.weights.tolist() == [1, 1, 1, 2, 2]
+    assert batch.denominator == 1 + 1 + 2
+    dtypes = (batch.token_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
+    assert [str(t.dtype)[6:] for t in dtypes] == ["int64", "int64", "int32", "bool"]
+
+
+def test_first_fit_decreasing():
+    batches = pack([sample(n) for n in (2, 5, 4, 3, 6)], max_tokens=10)
+    assert [batch.cu_seqlens.diff().tolist() for batch in batches] == [[6, 4], [5, 3, 2]]
+
+
+def test_a_sample_above_the_limit_is_named():
+    with pytest.raises(TrainerError) as caught:
+        pack([sample(3), sample(9, name="train:4/1")], max_tokens=8)
+    for word in ("train:4/1", "9", "8", "models.policy_trainer.max_token_in_packing"):
+        assert word in str(caught.value)
+
+
+def test_nothing_packs_to_nothing():
+    assert pack([], max_tokens=8) == []
+
+
+@given(
+    st.lists(st.tuples(st.integers(2, 9), st.floats(0.25, 2.0)), min_size=1, max_size=30),
+    st.integers(9, 30),
+)
+def test_nothing_is_lost_and_the_limit_holds(shapes, limit):
+    samples = [
+        sample(n, n - 1, weight=w, first=100 * i) for i, (n, w) in enumerate(shapes, start=1)
+    ]
+    batches = pack(samples, limit)
+    assert all(len(batch.token_ids) <= limit for batch in batches)
+    found = [
+        tuple(batch.token_ids[a:b].tolist())
+        for batch in batches
+        for a, b in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)
+    ]
+    assert sorted(found) == sorted(tuple(s.token_ids) for s in samples)
+    [denominator] = {batch.denominator for batch in batches}
+    assert denominator == pytest.approx(sum(w * (n - 1) for n, w in shapes))
+    again = pack(samples, limit)
+    assert [b.token_ids.tolist() for b in again] == [b.token_ids.tolist() for b in batches]
+
+
+def test_collate_keeps_the_order():
+    batch = collate([sample(2, first=5), sample(3, first=1)], denominator=7.0)
+    assert batch.token_ids.tolist() == [5, 6, 1, 2, 3]
+    assert batch.denominator == 7.0

@@ -1,0 +1,143 @@
+"""Packed attention is attention: the same outputs and gradients as one segment at a time."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
+
+from chatlearn.errors import TrainerError
+from chatlearn.models.policy.attention import (
+    Segments,
+    attending_packed,
+    body_inputs,
+    packed_attention,
+)
+
+SHAPE = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 24,
+}
+CONFIGS = {
+    "grouped queries": Qwen3Config(**SHAPE),
+    "one key per query": LlamaConfig(**SHAPE | {"num_key_value_heads": 4}),
+    "sliding window": MistralConfig(**SHAPE, sliding_window=4),
+}
+
+
+def bounds(lengths):
+    return [sum(lengths[:n]) for n in range(len(lengths) + 1)]
+
+
+def test_segments_of_similar_length_share_a_bucket():
+    """
+    packed      a a a a | b | c c c c c | d            lengths 4 1 5 1
+    bucket 0    c c c c c / a a a a -                  - repeats the start of its segment
+    bucket 1    b / d
+    """
+    plan = Segments.of(bounds([4, 1, 5, 1]), "cpu")
+    assert [(b.count, b.length) for b in plan.buckets] == [(2, 5), (2, 1)]
+    assert plan.buckets[0].rows.tolist() == [5, 6, 7, 8, 9, 0, 1, 2, 3, 0]
+    assert plan.buckets[1].rows.tolist() == [4, 10]
+    assert plan.inverse.tolist() == [5, 6, 7, 8, 10, 0, 1, 2, 3, 4, 11]
+
+
+def test_equal_lengths_are_not_moved():
+    plan = Segments.of(bounds([3, 3, 3]), "cpu")
+    assert [b.rows for b in plan.buckets] == [slice(0, 9)]
+    assert plan.inverse is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any),
+    window=st.sampled_from([None, 3]),
+    grouped=st.booleans(),
+)
+def test_any_lengths_equal_one_segment_at_a_time(lengths, window, grouped):
+    torch.manual_seed(0)
+    total, heads, kv_heads, cu = sum(lengths), 4, 2 if grouped else 4, bounds(lengths)
+    q = torch.randn(1, heads, total, 8, requires_grad=True)
+    k, v = (torch.randn(1, kv_heads, total, 8, requires_grad=True) for _ in range(2))
+    seen = torch.zeros(total, total, dtype=torch.bool)
+    for start, end in pairwise(cu):
+        seen[start:end, start:end] = True
+    seen = seen.tril() & seen.triu(-(window - 1) if window else -total)
+    expected = scaled_dot_product_attention(q, k, v, seen, enable_gqa=grouped).transpose(1, 2)
+    got, _ = packed_attention(
+        torch.nn.Module(), q, k, v, None, segments=Segments.of(cu, "cpu"), sliding_window=window
+    )
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    upstream = torch.randn_like(got)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, (q, k, v), upstream),
+        torch.autograd.grad(expected, (q, k, v), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_packed_model_equals_the_unpacked_model(name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    body = model.get_decoder()
+    lengths = [7, 1, 12, 6, 11]
+    cu = bounds(lengths)
+    ids = torch.randint(0, 40, (sum(lengths),))
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    upstream = torch.randn(sum(lengths), 16)
+
+    alone = torch.cat([body(part[None]).last_hidden_state[0] for part in ids.split(lengths)])
+    expected = torch.autograd.grad(alone, list(body.parameters()), upstream)
+    with attending_packed(model.config):
+        inputs = body_inputs(positions, Segments.of(cu, "cpu"))
+        packed = body(ids[None], **inputs).last_hidden_state[0]
+    got = torch.autograd.grad(packed, list(body.parameters()), upstream)
+
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_the_models_own_attention_comes_back():
+    model = AutoModelForCausalLM.from_config(CONFIGS["grouped queries"]).eval()
+    before = model.config._attn_implementation
+    ids = torch.arange(6)[None]
+    alone = model(ids).logits
+    with attending_packed(model.config):
+        # an engine that generates meanwhile passes no segments, and gets ordinary attention
+        torch.testing.assert_close(model(ids).logits, alone)
+    assert model.config._attn_implementation == before
+
+    def fail():
+        with attending_packed(model.config):
+            raise RuntimeError("out of memory, say")
+
+    with pytest.raises(RuntimeError, match="say"):
+        fail()
+    assert model.config._attn_implementation == before
+
+
+def test_attention_that_is_more_than_a_softmax_is_refused():
+    states = torch.randn(1, 2, 3, 8)
+    with pytest.raises(TrainerError, match="softcap"):
+        packed_attention(
+            torch.nn.Module(),
+            states,
+            states,
+            states,
+            None,
+            segments=Segments.of([0, 3], "cpu"),
+            softcap=30.0,
+        )
