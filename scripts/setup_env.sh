@@ -13,8 +13,8 @@ chatlearn_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 CHATLEARN_VENV=${CHATLEARN_VENV:-$chatlearn_root/.venv}
 
 chatlearn_setup() (
-    set -euo pipefail
-    cd "$chatlearn_root"
+    set -uo pipefail # not -e: bash ignores it in a function whose result is tested, as below
+    cd "$chatlearn_root" || exit 1
     torch=torch==2.13.0
     cpu_index=https://download.pytorch.org/whl/cpu
     pip=("$CHATLEARN_VENV/bin/python" -m pip --disable-pip-version-check)
@@ -62,9 +62,8 @@ PY
 
     # An ordinary PyPI gives Linux a CUDA build; a mirror or a local wheel folder may give +cpu.
     install_cpu_torch() {
-        if [[ $(uname -s) != Linux ]] ||
-            "${pip[@]}" install --quiet --dry-run --no-deps --ignore-installed --report - "$torch" |
-            grep -q '"version": "[^"]*+cpu"'; then
+        local dry_run=(install --quiet --dry-run --no-deps --ignore-installed --report - "$torch")
+        if [[ $(uname -s) != Linux || $("${pip[@]}" "${dry_run[@]}") == *'"version": "'*'+cpu"'* ]]; then
             "${pip[@]}" install "$torch"
         else
             "${pip[@]}" install --retries 1 --timeout 20 --index-url "$cpu_index" "$torch" ||
@@ -82,7 +81,7 @@ PY
     if [[ -e $CHATLEARN_VENV && ! -f $CHATLEARN_VENV/pyvenv.cfg ]]; then
         fail "$CHATLEARN_VENV exists and is not a virtual environment; set CHATLEARN_VENV"
     fi
-    python=$(find_python)
+    python=$(find_python) || exit 1
     log=$(mktemp "${TMPDIR:-/tmp}/chatlearn-setup.XXXXXX")
     echo "setting up $CHATLEARN_VENV with $("$python" --version) (log: $log)"
     rm -f "$stamp"

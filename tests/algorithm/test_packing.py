@@ -49,6 +49,17 @@ def test_a_sample_above_the_limit_is_named():
         assert word in str(caught.value)
 
 
+def test_rows_without_advantage_can_be_left_out_but_count_in_the_denominator():
+    rows = [sample(3, 2, first=10), sample(4, 3, first=20)]
+    rows[1].advantages = [0.0] * 4
+    [batch] = pack(rows, max_tokens=10, keep_zero_advantages=False)
+    assert batch.token_ids.tolist() == [10, 11, 12]
+    assert batch.denominator == 2 + 3
+    [whole] = pack(rows, max_tokens=10)
+    assert (len(whole.token_ids), whole.denominator) == (7, 5)
+    assert pack(rows[1:], max_tokens=10, keep_zero_advantages=False) == []
+
+
 def test_nothing_packs_to_nothing():
     assert pack([], max_tokens=8) == []
 

@@ -127,16 +127,20 @@ class EmbeddedEngine:
         self._version = version
 
     async def sleep(self) -> None:
-        """Free the key/value memory. Requests that arrive from now on wait for ``wake``."""
-        self._require_rest("sleep")
-        self._drop_caches()
+        """Let running requests end, then free the key/value memory.
+
+        Requests that have not started, and those that arrive from now on, wait for ``wake``.
+        """
         self._is_asleep = True
+        while running := self._schedule.running():
+            self._post()
+            await asyncio.wait([request.future for request in running])
+        self._drop_caches()
 
     async def wake(self) -> None:
         """Serve again, first those that have waited."""
         self._is_asleep = False
-        if self._schedule.in_flight():
-            self._post()
+        self._post()
 
     async def abort(self, session: Session) -> None:
         """Answer what ``session`` has in flight with ``StopReason.ABORT``; forget its slots."""
@@ -215,18 +219,17 @@ class EmbeddedEngine:
 
     def _post(self) -> None:
         """Have the next step taken when every agent waits for it."""
-        if not self._is_posted and not self._is_asleep:
+        is_due = self._schedule.running() if self._is_asleep else self._schedule.in_flight()
+        if is_due and not self._is_posted:
             self._lockstep.when_idle(self._step)
             self._is_posted = True
 
     def _step(self) -> None:
         self._is_posted = False
-        if self._is_asleep:
-            return
         started = time.perf_counter()
         try:
             with boundary(EngineError, "a step of the embedded engine"):
-                segments = self._schedule.plan()
+                segments = self._schedule.plan(admit=not self._is_asleep)
                 if segments:
                     self._sample(segments)
         except EngineError as error:
@@ -235,8 +238,7 @@ class EmbeddedEngine:
             for request in failed:
                 request.fail(EngineError(str(error)))
         self._busy_s += time.perf_counter() - started
-        if self._schedule.in_flight():
-            self._post()
+        self._post()
 
     def _sample(self, segments: list[Segment]) -> None:
         """Compute ``segments``, append one token to each request that is due, let the done go."""

@@ -115,8 +115,11 @@ class Schedule:
             request.slot = None
         self._slots.clear()
 
-    def plan(self) -> list[Segment]:
-        """The tokens to compute now: decoding first, then prompts as far as they fit."""
+    def plan(self, *, admit: bool = True) -> list[Segment]:
+        """The tokens to compute now: decoding first, then prompts as far as they fit.
+
+        Without ``admit`` no request starts; those that run go on.
+        """
         self._step += 1
         self._waiting.extend(sorted(self._arrived, key=lambda request: request.key))
         self._arrived.clear()
@@ -128,7 +131,7 @@ class Schedule:
         for slot in active:
             segments.append(self._advance(slot, budget))
             budget -= len(segments[-1].token_ids)
-        while self._waiting and budget > 0:
+        while admit and self._waiting and budget > 0:
             source, shared = self._longest_prefix(self._waiting[0])
             slot = self._place(self._waiting[0], source, shared)
             if slot is None:

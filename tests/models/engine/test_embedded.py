@@ -344,10 +344,22 @@ async def test_publish_copies_foreign_weights_and_refuses_wrong_ones():
         await engine.publish([("lm_head.weight", torch.zeros(1))], version=2)
     task = asyncio.ensure_future(ask(engine, prompt(1), replace(PARAMS, max_new_tokens=50)))
     await until(lambda: engine._schedule.running())
-    for refused in (engine.publish([], version=2), engine.sleep()):
-        with pytest.raises(EngineError, match="at rest"):
-            await refused
+    with pytest.raises(EngineError, match="at rest"):
+        await engine.publish([], version=2)
     await task
+
+
+async def test_going_to_sleep_waits_for_what_runs_and_lets_nothing_start():
+    engine = engine_of(build(), max_slots=1)
+    running = asyncio.ensure_future(ask(engine, prompt(1), replace(PARAMS, max_new_tokens=20)))
+    await until(lambda: engine._schedule.running())
+    waiting = asyncio.ensure_future(ask(engine, prompt(2)))
+    await engine.sleep()
+    assert running.done()
+    assert not waiting.done()
+    await engine.publish([], version=5)
+    await engine.wake()
+    assert (await waiting).versions == (5, 5)
 
 
 async def test_requests_wait_while_the_engine_sleeps():

@@ -111,8 +111,9 @@ def test_a_packed_model_equals_the_unpacked_model(name):
 
 
 def test_the_models_own_attention_comes_back():
-    model = AutoModelForCausalLM.from_config(CONFIGS["grouped queries"]).eval()
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE)).eval()
     before = model.config._attn_implementation
+    assert before == "sdpa"
     ids = torch.arange(6)[None]
     alone = model(ids).logits
     with attending_packed(model.config):
