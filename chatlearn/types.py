@@ -256,6 +256,7 @@ class MicroBatch:
     rollout_logprobs: torch.Tensor  # [T] float32
     advantages: torch.Tensor  # [T] float32
     weights: torch.Tensor  # [T] float32, Sample.weight of the token's sample
+    trajectories: list[str]  # [N] ``Sample.trajectory`` of each sample, to name it in errors
     denominator: float
     """Sum of the weights of all trained tokens of the optimizer step, over every micro-batch and
     rank: the same number everywhere, so how rows are cut and spread changes nothing (law 3)."""

@@ -5,8 +5,8 @@
 #
 # tiny      a 0.44M-parameter policy learns to rely on its calculator. About 2 minutes of training
 #           after 1 minute of warm start; 1 GB of memory.
-# smollm2   SmolLM2-135M learns one-digit sums, with a second try after a wrong answer. About 5
-#           minutes of training; 6 GB of memory.
+# smollm2   SmolLM2-135M learns one-digit sums, with a second try after a wrong answer. Some 5
+#           minutes of training; 8 GB of memory.
 # Both on two cores; the first run also installs the environment (1 to 3 minutes). key=value
 # overrides any key of template/local_cpu.yaml. Run again, it continues an unfinished run of the
 # same name, or starts a new one: environment, data and model are kept.

@@ -69,5 +69,6 @@ def collate(samples: Sequence[Sample], denominator: float) -> MicroBatch:
         rollout_logprobs=row((s.rollout_logprobs for s in samples), torch.float32),
         advantages=row((s.advantages for s in samples), torch.float32),
         weights=row(([s.weight] * n for s, n in zip(samples, lengths, strict=True)), torch.float32),
+        trajectories=[s.trajectory for s in samples],
         denominator=denominator,
     )

@@ -49,12 +49,13 @@ class LocalCluster:
                 "sees no CUDA device; set num_gpu=0 to train on the CPU"
             )
         precision = cfg.precision(device.type)
+        trust = cfg.models.policy_trainer.trust_remote_code
         load = {
             "device": device,
             "precision": precision,
-            "trust_remote_code": cfg.models.policy_trainer.trust_remote_code,
+            "trust_remote_code": trust,
         }
-        tokenizer = load_tokenizer(cfg.policy_path)
+        tokenizer = load_tokenizer(cfg.policy_path, trust_remote_code=trust)
         model = load_policy(cfg.policy_path, **load)
         eos = eos_token_ids(model, tokenizer)
         self._prompts = PromptBuilder(

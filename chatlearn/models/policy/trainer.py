@@ -154,7 +154,7 @@ class PolicyTrainer:
             Flat metrics. ``policy/logprob_gap_*`` is |policy - rollout| logprob on trained tokens:
             on the first step after a publish it is the mismatch of engine and trainer.
             ``policy/entropy_estimate`` is the mean of -log p of the sampled tokens, which costs
-            nothing; ``policy/entropy`` is exact, where ``entropy_coef`` > 0.
+            nothing; ``policy/entropy`` is exact, where ``entropy_coef`` is not 0.
 
         Raises:
             TrainerError: nothing to train, or a loss or gradient that is not finite; then no
@@ -255,7 +255,7 @@ class PolicyTrainer:
             for values in (batch.rollout_logprobs, batch.advantages, batch.weights)
         )
         policy, entropy = self._policy(
-            *row, temperature=settings.temperature, entropy=settings.entropy_coef > 0
+            *row, temperature=settings.temperature, entropy=settings.entropy_coef != 0
         )
         loss, clip = clipped_surrogate(
             policy,
@@ -301,7 +301,7 @@ class PolicyTrainer:
             named[name] /= trained
         if self._reference is None:
             del named["kl_ref"]
-        if self.settings.entropy_coef <= 0:
+        if self.settings.entropy_coef == 0:
             del named["entropy"]
         return {f"policy/{name}": value for name, value in named.items()}
 
@@ -317,8 +317,9 @@ class PolicyTrainer:
                 (i, span) for i, span in enumerate(pairwise(bounds)) if at < span[1]
             )
             return (
-                f"The loss of {len(bad)} tokens is not finite; no update was made. The first is in "
-                f"micro-batch {number}, row {row}, token {at - start} of {end - start} "
+                f"The loss of {len(bad)} tokens is not finite; no update was made. The first is of "
+                f"trajectory {part.batch.trajectories[row]!r} (micro-batch {number}, row {row}), "
+                f"token {at - start} of {end - start} "
                 f"(id {int(part.batch.token_ids[at])}): policy logprob "
                 f"{part.policy_logprobs[bad[0]]:.4g}, rollout logprob "
                 f"{part.batch.rollout_logprobs[at]:.4g}, advantage "
