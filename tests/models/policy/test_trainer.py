@@ -324,7 +324,7 @@ def test_a_loss_that_is_not_finite_updates_nothing_and_names_the_row():
     before = [p.detach().clone() for p in model.parameters()]
     rows = [Sample([3] * 5, [False] * 4 + [True], [-3.0] * 5, [0.5] * 5) for _ in range(3)]
     rows[1].rollout_logprobs[4] = float("nan")
-    with pytest.raises(TrainerError, match=r"micro-batch 0, row 1, token 4 of 5 \(id 3\)"):
+    with pytest.raises(TrainerError, match=r"micro-batch 0, row 1\), token 4 of 5 \(id 3\)"):
         step(policy, pack(rows, 50))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert all(p.grad is None for p in model.parameters())
