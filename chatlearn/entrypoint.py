@@ -29,6 +29,9 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code. A refusal is one message, not a traceback."""
+    # OpenMP threads spin while they wait; on cores shared with anything else, and a laptop's are,
+    # that made training six times slower here (docs/benchmarks.md). Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = argparse.ArgumentParser(
         prog="chatlearn", description="Train LangGraph agents with reinforcement learning."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -84,11 +85,14 @@ class LocalCluster:
             decode=tokenizer.decode,
             lockstep=self._lockstep,
         )
+        # What is loaded by now stays: the collector need not walk it again during rollouts.
+        gc.collect()
+        gc.freeze()
         asyncio.get_running_loop().set_default_executor(self._lockstep.executor)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        await self.engine.sleep()
+        gc.unfreeze()
 
     def validate(self, tasks: Sequence[Task]) -> list[Task]:
         """Build every agent and find every reward function once; drop prompts that are too long.
