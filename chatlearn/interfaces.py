@@ -99,6 +99,10 @@ class Cluster(Protocol):
         """Around optimizer steps: colocated engines sleep, the trainer loads."""
         ...
 
+    def metrics(self) -> dict[str, float]:
+        """Counters of the engine since the last call, flat ``engine/quantity``."""
+        ...
+
     def validate(self, tasks: Sequence[Task]) -> list[Task]:
         """Before training: refuse tasks whose agent, agent YAML or reward cannot be had, and
         leave out those whose prompt is too long."""

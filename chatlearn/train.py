@@ -58,7 +58,7 @@ async def train(cfg: GrpoConfig, cluster: Cluster, run: RunFolder, tracker: Trac
                     advantages, rows = _score(groups)
                     with tracker.timer("train"):
                         log(merge_steps(await _learn(cfg, cluster, rows, version=episode)))
-                    log(rollout_metrics(groups) | rollouts.metrics())
+                    log(rollout_metrics(groups) | rollouts.metrics() | cluster.metrics())
                     samples = [sample for row in rows for sample in row]
                     run.write_rollouts(episode, groups + rollouts.dropped, advantages, samples)
                     if cfg.evaluates_after(episode):

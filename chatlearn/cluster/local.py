@@ -94,6 +94,9 @@ class LocalCluster:
     async def __aexit__(self, *exc_info: object) -> None:
         gc.unfreeze()
 
+    def metrics(self) -> dict[str, float]:
+        return self.engine.stats()
+
     def validate(self, tasks: Sequence[Task]) -> list[Task]:
         """Build every agent and find every reward function once; drop prompts that are too long.
 
