@@ -38,69 +38,103 @@ def model_without_template(folder):
 
 CASES = {
     "unknown key": (
-        None, ["models.policy.temprature=1"], r"models\.policy\.temprature.*models\.policy\.temperature"
+        None,
+        ["models.policy.temprature=1"],
+        r"models\.policy\.temprature.*models\.policy\.temperature",
     ),
     "mistyped value": (None, ["runtime_args.num_episode=many"], r"runtime_args\.num_episode.*many"),
     "value out of range": (None, ["models.policy.top_p=1.5"], r"models\.policy\.top_p.*1\.5"),
     "greedy training": (None, ["models.policy.temperature=0"], r"models\.policy\.temperature"),
     "indivisible batch": (
-        None, ["runtime_args.sample_per_episode=10"],
+        None,
+        ["runtime_args.sample_per_episode=10"],
         r"sample_per_episode.*10.*num_inference_per_prompt",
     ),
     "old spelling": (
-        None, ["runtime_args.num_inference_per_prompt=8"], r"models\.policy\.num_inference_per_prompt"
+        None,
+        ["runtime_args.num_inference_per_prompt=8"],
+        r"models\.policy\.num_inference_per_prompt",
     ),
-    "no such backend yet": (None, ["runtime_args.rollout_backend=sglang"], r"rollout_backend.*embedded"),
-    "missing dataset": (None, ["runtime_args.data_path=trian.jsonl"], r"trian\.jsonl.*train\.jsonl"),
+    "no such backend yet": (
+        None,
+        ["runtime_args.rollout_backend=sglang"],
+        r"rollout_backend.*embedded",
+    ),
+    "missing dataset": (
+        None,
+        ["runtime_args.data_path=trian.jsonl"],
+        r"trian\.jsonl.*train\.jsonl",
+    ),
     "empty dataset": (file("train.jsonl", ""), [], r"train\.jsonl.*(empty|no rows)"),
     "json that does not parse": (file("train.jsonl", '{"a": 1\n'), [], r"train\.jsonl.*line 1"),
     "row without agent_name": (row(agent_name=None), [], r"train\.jsonl.*line 1.*agent_name"),
     "row without prompt": (row(prompt=None), [], r"line 1.*prompt"),
-    "unknown agent": (row(agent_name="ask_twice"), [], r"'ask_twice' is not registered.*'asks_twice'"),
+    "unknown agent": (
+        row(agent_name="ask_twice"),
+        [],
+        r"'ask_twice' is not registered.*'asks_twice'",
+    ),
     "missing agent yaml": (row(agent_cfg_path="no.yaml"), [], r"no\.yaml"),
     "agent yaml that does not parse": (
-        lambda f: (row(agent_cfg_path="bad.yaml")(f), file("bad.yaml", "a: [1\n")(f)), [], r"bad\.yaml.*line"
+        lambda f: (row(agent_cfg_path="bad.yaml")(f), file("bad.yaml", "a: [1\n")(f)),
+        [],
+        r"bad\.yaml.*line",
     ),
     "no reward": (row(data_source="nobody"), [], r"no reward.*'nobody'.*reward_fn"),
     "reward function that is not there": (
-        row(reward_fn="my_agent.py:leters"), [], r"leters.*letters"
+        row(reward_fn="my_agent.py:leters"),
+        [],
+        r"leters.*letters",
     ),
     "user file with an error": (
-        file("my_agent.py", "import nothing_of_the_kind\n"), [], r"my_agent\.py.*nothing_of_the_kind"
+        file("my_agent.py", "import nothing_of_the_kind\n"),
+        [],
+        r"my_agent\.py.*nothing_of_the_kind",
     ),
-    "user file that is not there": (None, ["runtime_args.import_modules=[mine.py]"], r"no file .*mine\.py"),
-    "model that is not there": (
-        None, ["models.policy_trainer.load=no/model"], r"no/model"
+    "user file that is not there": (
+        None,
+        ["runtime_args.import_modules=[mine.py]"],
+        r"no file .*mine\.py",
     ),
+    "model that is not there": (None, ["models.policy_trainer.load=no/model"], r"no/model"),
     "model without a chat template": (
-        model_without_template, ["models.policy_trainer.load=model"], r"chat template"
+        model_without_template,
+        ["models.policy_trainer.load=model"],
+        r"chat template",
     ),
     "prompts longer than allowed": (
-        None, ["models.policy.max_prompt_tokens_length=5"], r"all 12 prompts.*max_prompt_tokens_length"
+        None,
+        ["models.policy.max_prompt_tokens_length=5"],
+        r"all 12 prompts.*max_prompt_tokens_length",
     ),
     "config file that is not there": (None, ["--config-file", "no.yaml"], r"no\.yaml"),
     "config that does not parse": (
-        file("bad.yaml", "runtime_args: [\n"), ["--config-file", "bad.yaml"], r"bad\.yaml.*line"
+        file("bad.yaml", "runtime_args: [\n"),
+        ["--config-file", "bad.yaml"],
+        r"bad\.yaml.*line",
     ),
     "graph that always raises": (
         lambda f: (f / "my_agent.py").write_text(
             (f / "my_agent.py").read_text().replace('("user", "again")', "1 / 0")
         ),
-        [], r"agent_error.*max_failed_fraction.*ZeroDivisionError",
+        [],
+        r"agent_error.*max_failed_fraction.*ZeroDivisionError",
     ),
     "reward that is not a number": (
         lambda f: (f / "my_agent.py").write_text(
             re.sub(r"return sum.*", 'return float("nan")', (f / "my_agent.py").read_text())
         ),
-        [], r"judge_error.*letters.*nan",
+        [],
+        r"judge_error.*letters.*nan",
     ),
     "reward that returns nothing": (
         lambda f: (f / "my_agent.py").write_text(
             re.sub(r"return sum.*", "return None", (f / "my_agent.py").read_text())
         ),
-        [], r"judge_error.*letters.*None",
+        [],
+        r"judge_error.*letters.*None",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,4 +1,4 @@
-"""The house is built in floors: imports go downwards only, and heavy libraries stay in their room."""
+"""The house has floors: imports go downwards only, and heavy libraries stay in their room."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def test_a_typed_cfg_has_defaults_and_refuses_what_it_does_not_know(llm, tokeniz
     agent, _ = make(llm, tokenizer, Typed)
     assert agent.cfg.max_turns == 3
     yaml = write(tmp_path / "b.yaml", "max_turn: 4\n")
-    with pytest.raises(AgentError, match="no key 'max_turn' in .*did you mean 'max_turns'"):
+    with pytest.raises(AgentError, match=r"no key 'max_turn' in .*did you mean 'max_turns'"):
         make(llm, tokenizer, Typed, yaml)
     yaml = write(tmp_path / "c.yaml", "max_turns: many\n")
     with pytest.raises(AgentError, match=r"(?s)does not fit Typed.Config.*max_turns"):

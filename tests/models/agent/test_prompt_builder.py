@@ -22,7 +22,9 @@ DROPS_THINKING = """\
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
 """
 DEFAULT_SYSTEM = """\
-{%- if messages[0].role != 'system' -%}{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}{%- endif -%}
+{%- if messages[0].role != 'system' -%}
+{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}
+{%- endif -%}
 {%- for m in messages -%}
 {{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
 {%- endfor -%}

@@ -39,15 +39,15 @@ def manager(agent, **changes):
     async def run_agent(task, *, sampling, budget, session):
         return await agent(task, session)
 
-    settings = dict(
-        sampling=SamplingParams(),
-        budget=Budget(1, 1, 1),
-        group_size=4,
-        groups_per_episode=2,
-        max_staleness=0,
-        max_concurrent_rollouts=64,
-        max_failed_fraction=0.5,
-    )
+    settings = {
+        "sampling": SamplingParams(),
+        "budget": Budget(1, 1, 1),
+        "group_size": 4,
+        "groups_per_episode": 2,
+        "max_staleness": 0,
+        "max_concurrent_rollouts": 64,
+        "max_failed_fraction": 0.5,
+    }
     stream = PromptStream(TASKS, seed=0, shuffle=False)
     return RolloutManager(run_agent, stream, **(settings | changes)), stream
 
@@ -143,7 +143,7 @@ async def test_a_group_with_too_few_left_is_replaced_by_the_next_prompt():
         broken = task.uid == "t:0" and session.run[0] in "123"
         return trajectory(session, outcome=Outcome.TIMEOUT) if broken else await well(task, session)
 
-    rollouts, stream = manager(agent)
+    rollouts, _ = manager(agent)
     async with rollouts:
         groups = await rollouts.next_groups()
         rollouts.release(groups)

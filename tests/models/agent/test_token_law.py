@@ -58,7 +58,12 @@ def test_a_tool_call_and_its_answer_are_one_row(run_graph, tokenizer):
     trajectory = run_graph(ToolAgent, [CALL % (2, 2), "It is 4"], reward_function=lambda: 1.0)
 
     call = '<tool_call>/{"name": "add", "arguments": {"a": 2, "b": 2}}/</tool_call>}'
-    text = f"{{user/2+2?}}/{{assistant/{call}/{{user/<tool_response>/4/</tool_response>}}/{{assistant/It is 4}}"
+    text = (
+        "{user/2+2?}/{assistant/"
+        + call
+        + "/{user/<tool_response>/4/</tool_response>}/{assistant/"
+        + "It is 4}"
+    )
     mask = (
         "_" * len("{user/2+2?}/{assistant/")
         + "^" * len(call)
