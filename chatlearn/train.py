@@ -40,9 +40,7 @@ async def train(cfg: GrpoConfig, cluster: Cluster, run: RunFolder, tracker: Trac
     args = cfg.runtime_args
     tasks, eval_tasks = read_tasks(args.data_files), read_tasks(args.eval_files)
     async with cluster:
-        stream = PromptStream(
-            cluster.validate(tasks), seed=args.seed, shuffle=args.data_shuffle
-        )
+        stream = PromptStream(cluster.validate(tasks), seed=args.seed, shuffle=args.data_shuffle)
         eval_tasks = cluster.validate(eval_tasks)
         start = await _restore(run, cluster, stream)
         await cluster.engine.publish(await cluster.trainer.weights(), version=start)
