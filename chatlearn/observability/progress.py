@@ -11,10 +11,14 @@ The three kinds have the same methods, so no caller asks which one it has::
 from __future__ import annotations
 
 import logging
+import os
+import pdb
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping
 from statistics import fmean
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
@@ -125,6 +129,8 @@ class Live(_Counting):
             text="",
         )
         self._stage = self._display.add_task("", total=None, visible=False, count="", text="")
+        self._breakpointhook = sys.breakpointhook
+        sys.breakpointhook = self._stop_at_breakpoint
         self._display.start()
 
     def phase(self, label: str, *, expected: int | None = None) -> None:
@@ -149,6 +155,15 @@ class Live(_Counting):
     def close(self) -> None:
         self._display.update(self._stage, visible=False)
         self._display.stop()
+        sys.breakpointhook = self._breakpointhook
+
+    def _stop_at_breakpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """``breakpoint()`` in an agent: the debugger needs the terminal, so the bar ends here."""
+        self._display.stop()
+        if args or kwargs or "PYTHONBREAKPOINT" in os.environ:
+            return self._breakpointhook(*args, **kwargs)
+        # Not through the default hook, which would stop in this frame instead of the agent's.
+        return pdb.Pdb().set_trace(sys._getframe(1))
 
     def _refresh(self) -> None:
         self._display.update(self._stage, completed=self._rollouts, text=self._inside())
