@@ -60,5 +60,5 @@ def test_a_breakpoint_stops_in_the_users_node(project, tmp_path):
     assert "my_agent.py" in seen
     assert "-> " in seen
     assert "'say train" in seen
-    assert "1/1" in seen
+    assert "where to look next" in seen  # and then it goes on to its end
     assert project.weights(project.runs[0], 1)

@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from chatlearn.errors import AgentError, ConfigError
 from chatlearn.types import Message
 
 _STUB = "chatlearn-stub-of-an-assistant-turn"
-_CACHED_PROMPTS = 256
+_REMEMBERED = 1024
+"""Renderings kept: siblings ask for the same prompt, and their tools often answer the same."""
 
 
 class PromptBuilder:
@@ -53,25 +54,18 @@ class PromptBuilder:
             )
         self.tokenizer = tokenizer
         self.template_kwargs = dict(template_kwargs or {})
-        self._first_prompts: OrderedDict[str, list[int]] = OrderedDict()
+        self._remembered: OrderedDict[str, list[int]] = OrderedDict()
         self.eos_ids = frozenset(eos_token_ids)
         self.end_of_turn_id = self._find_end_of_turn(eos_token_ids)
         self.end_of_turn = tokenizer.convert_ids_to_tokens(self.end_of_turn_id)
 
     def first(self, messages: Sequence[Message], tools: list[dict] | None = None) -> list[int]:
-        """Tokens of a whole conversation, ready for the assistant to speak. [P]
+        """Tokens of a whole conversation, ready for the assistant to speak. [P]"""
 
-        Siblings of a group ask for the same prompt, so the last few hundred are kept.
-        """
-        key = json.dumps([messages, tools], default=str)
-        if key in self._first_prompts:
-            self._first_prompts.move_to_end(key)
-            return list(self._first_prompts[key])
-        ids = self._encode(self._render(messages, tools, add_generation_prompt=True))
-        self._first_prompts[key] = ids
-        if len(self._first_prompts) > _CACHED_PROMPTS:
-            self._first_prompts.popitem(last=False)
-        return list(ids)
+        def tokens() -> list[int]:
+            return self._encode(self._render(messages, tools, add_generation_prompt=True))
+
+        return list(self._remember(json.dumps([messages, tools], default=str), tokens))
 
     def extend(
         self,
@@ -88,10 +82,16 @@ class PromptBuilder:
                 look up which call a tool message answers.
             new_messages: what came after it; at least one.
         """
-        tail = self._render_after_turn(answer, new_messages, tools)
-        # Encoding the tail together with the token before it keeps tokenizers that treat the start
-        # of a text specially (sentencepiece's dummy space) from doing so here.
-        end_of_turn, *ids = self._encode(self.end_of_turn + tail)
+        calls = answer.get("tool_calls")
+
+        def tokens() -> list[int]:
+            # Encoding the tail together with the token before it keeps tokenizers that treat the
+            # start of a text specially (sentencepiece's dummy space) from doing so here.
+            tail = self._render_after_turn(calls, new_messages, tools)
+            return self._encode(self.end_of_turn + tail)
+
+        key = json.dumps([calls, new_messages, tools, "after a turn"], default=str)
+        end_of_turn, *ids = self._remember(key, tokens)
         if end_of_turn != self.end_of_turn_id:
             raise AgentError(
                 f"the tokenizer of {self.tokenizer.name_or_path!r} does not keep its end-of-turn "
@@ -121,13 +121,21 @@ class PromptBuilder:
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
+    def _remember(self, key: str, tokens: Callable[[], list[int]]) -> list[int]:
+        if key not in self._remembered:
+            self._remembered[key] = tokens()
+            if len(self._remembered) > _REMEMBERED:
+                self._remembered.popitem(last=False)
+        self._remembered.move_to_end(key)
+        return self._remembered[key]
+
     def _render_after_turn(
-        self, answer: Message, new_messages: Sequence[Message], tools: list[dict] | None
+        self, calls: list[dict] | None, new_messages: Sequence[Message], tools: list[dict] | None
     ) -> str:
         """Text the template puts after the end-of-turn token of an assistant turn."""
         stub: Message = {"role": "assistant", "content": _STUB}
-        if answer.get("tool_calls"):
-            stub["tool_calls"] = answer["tool_calls"]
+        if calls:
+            stub["tool_calls"] = calls
         opening: Message = {"role": "user", "content": "?"}
         text = self._render([opening, stub, *new_messages], tools, add_generation_prompt=True)
         start = text.find(_STUB)

@@ -36,7 +36,7 @@ class SecondTryAgentGraph(BaseAgentGraph):
         async def tell(state: SecondTryState) -> dict:
             return {"messages": [("user", self.cfg.hint)]}
 
-        def check(state: SecondTryState) -> str:
+        async def check(state: SecondTryState) -> str:
             response = state["messages"][-1].text
             reward, _ = final_answer_reward(response, state["ground_truth"])
             return END if reward == 1.0 or state["tries"] >= self.cfg.max_tries else "tell"

@@ -28,7 +28,7 @@ class ToolAgentGraph(BaseAgentGraph):
         async def agent(state: MessagesState) -> dict:
             return {"messages": [await llm.ainvoke(state["messages"])]}
 
-        def after_agent(state: MessagesState) -> str:
+        async def after_agent(state: MessagesState) -> str:
             turns = sum(message.type == "ai" for message in state["messages"])
             return END if turns >= self.cfg.max_turns else tools_condition(state)
 
