@@ -3,9 +3,9 @@
 #
 #   bash scripts/quickstart.sh [tiny|smollm2] [key=value ...]
 #
-# tiny      a 0.44M-parameter policy learns to rely on its calculator. About 2 minutes of training
-#           after 1 minute of warm start; 1 GB of memory.
-# smollm2   SmolLM2-135M learns one-digit sums, with a second try after a wrong answer. Some 5
+# tiny      a 0.44M-parameter policy learns to rely on its calculator. One to two minutes of training
+#           after one of warm start; 1 GB of memory.
+# smollm2   SmolLM2-135M learns one-digit arithmetic, with a second try after a wrong answer. Some 7
 #           minutes of training; 8 GB of memory.
 # Both on two cores; the first run also installs the environment (1 to 3 minutes). key=value
 # overrides any key of template/local_cpu.yaml. Run again, it continues an unfinished run of the
@@ -29,6 +29,7 @@ if [[ $policy == tiny ]]; then
         runtime_args.exp_name=quickstart
         runtime_args.num_episode=100
         runtime_args.eval_episode_interval=20
+        models.policy.eval_temperature=1
         models.policy.max_prompt_tokens_length=64
         models.policy.max_response_tokens_length=96
         models.policy.max_seq_len=256
@@ -37,17 +38,20 @@ if [[ $policy == tiny ]]; then
 else
     data=dataset/arithmetic_one_digit
     data_options=(--kind one_digit --agent_name second_try
-        --agent_cfg_path template/agent/second_try.yaml)
+        --agent_cfg_path template/agent/second_try.yaml
+        --prompt_template "What is {expression}? Reply with the number only.")
     settings=(
         runtime_args.exp_name=quickstart_smollm2
         runtime_args.num_episode=20
-        runtime_args.sample_per_episode=48
-        runtime_args.eval_episode_interval=10
-        models.policy.max_prompt_tokens_length=128
-        models.policy.max_response_tokens_length=64
-        models.policy.max_tokens_per_turn=32
-        models.policy.max_seq_len=256
-        models.policy_trainer.optimizer.lr=1e-5
+        runtime_args.eval_episode_interval=5
+        models.policy.temperature=0.8 # at 1 an untrained model of this size mostly rambles
+        models.policy.eval_temperature=0.8
+        models.policy.max_prompt_tokens_length=64
+        models.policy.max_response_tokens_length=48
+        models.policy.max_tokens_per_turn=24
+        models.policy.max_seq_len=192
+        models.policy_trainer.optimizer.lr=3e-5
+        models.policy_trainer.precision=bf16
     )
 fi
 [[ -f $data/train_agent.json && -f $data/test_agent.json ]] ||
@@ -62,7 +66,6 @@ exec chatlearn grpo --config-file template/local_cpu.yaml \
     runtime_args.data_path="$data/train_agent.json" \
     runtime_args.eval_data_path="$data/test_agent.json" \
     runtime_args.enable_eval_before_training=True \
-    models.policy.eval_temperature=1 \
     models.policy.eval_top_p=1 \
     models.policy_trainer.load="$model" \
     "${settings[@]}" "$@"

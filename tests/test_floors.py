@@ -34,7 +34,7 @@ FLOORS = {
 
 ALLOWED = {
     "torch": ("chatlearn.algorithm", "chatlearn.models", "chatlearn.cluster"),
-    "transformers": ("chatlearn.models",),
+    "transformers": ("chatlearn.models", "chatlearn.cluster"),
     "langchain_core": ("chatlearn.models.agent",),
     "langgraph": ("chatlearn.models.agent",),
     "ray": ("chatlearn.cluster.ray",),

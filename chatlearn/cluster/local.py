@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from chatlearn.config import GrpoConfig
 from chatlearn.data.prompt_dataset import drop_long
@@ -23,6 +25,8 @@ from chatlearn.models.policy.loading import eos_token_ids, load_policy, load_tok
 from chatlearn.models.policy.trainer import PolicyTrainer, TrainerSettings
 from chatlearn.rewards.registry import resolve_reward
 from chatlearn.types import Budget, SamplingParams, Session, Task, Trajectory
+
+logger = logging.getLogger(__name__)
 
 
 class LocalCluster:
@@ -56,9 +60,15 @@ class LocalCluster:
             "precision": precision,
             "trust_remote_code": trust,
         }
+        disable_progress_bar()  # transformers' own would garble the run's
         tokenizer = load_tokenizer(cfg.policy_path, trust_remote_code=trust)
         model = load_policy(cfg.policy_path, **load)
         eos = eos_token_ids(model, tokenizer)
+        parameters = sum(p.numel() for p in model.parameters())
+        logger.info(
+            "policy %s: %s, %.2f million parameters, %s on %s",
+            *(cfg.policy_path, type(model).__name__, parameters / 1e6, precision, device),
+        )
         self._prompts = PromptBuilder(
             tokenizer, eos, {"enable_thinking": cfg.models.policy.enable_thinking}
         )
