@@ -153,7 +153,7 @@ def run_chatlearn(job: Job) -> list[Step]:
         RunFolder.open(job.folder, "chatlearn", resume=False, config_text=dump_config(cfg)) as run,
         Tracker(run.metrics_file, [clock]) as tracker,
     ):
-        asyncio.run(train(cfg, LocalCluster(cfg), run, tracker))
+        asyncio.run(train(cfg, LocalCluster(cfg, logs=run.logs), run, tracker))
     return clock.steps
 
 

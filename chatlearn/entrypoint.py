@@ -22,6 +22,7 @@ from chatlearn.errors import ChatLearnError
 
 VERBS = {
     "grpo": "train agents with GRPO",
+    "stop": "end a run, and only what it started",
 }
 """Each is a module of ``chatlearn.cli`` with ``add_arguments(parser)`` and
 ``main(arguments, overrides)``."""

@@ -36,6 +36,10 @@ class EngineError(ChatLearnError):
     """The engine could not sample; the run it served may be tried again."""
 
 
+class EngineLost(EngineError):
+    """The server is gone or unreachable; the request may be asked again elsewhere."""
+
+
 class TrainerError(ChatLearnError):
     """The trainer cannot train this model or these samples."""
 

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     import torch
 
 Weights = Iterable[tuple[str, "torch.Tensor"]]
-"""Named parameters under their Hugging Face names, one at a time."""
+"""Named parameters under their Hugging Face names, one at a time, as often as they are asked for. A
+cluster's trainer and engine pass each other a handle instead: weights do not travel through the
+driver."""
 
 
 class Engine(Protocol):
@@ -61,6 +63,9 @@ class Engine(Protocol):
 
 class Trainer(Protocol):
     """Updates the policy."""
+
+    ranks: int
+    """Processes that update it together; a step's micro-batches are a multiple of it."""
 
     async def step(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
         """One optimizer update over ``micro_batches``; returns metrics, flat ``area/quantity``."""

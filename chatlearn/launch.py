@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 from chatlearn.cluster.local import LocalCluster
+from chatlearn.cluster.nodes import Node, join, share_token
 from chatlearn.config import GrpoConfig, dump_config
+from chatlearn.errors import ConfigError
+from chatlearn.interfaces import Cluster
 from chatlearn.observability.checkpoints import episode_of
 from chatlearn.observability.logs import console, setup_logging
 from chatlearn.observability.progress import open_progress
@@ -19,14 +26,22 @@ from chatlearn.train import train
 logger = logging.getLogger(__name__)
 
 
-def launch(cfg: GrpoConfig) -> Path:
+def launch(cfg: GrpoConfig) -> Path | None:
     """Run ``cfg`` to its end and print the report; returns the run folder.
+
+    On a machine that is not the first of several it lends the machine to the run, returns when that
+    is over, and has no run folder.
 
     Raises:
         ChatLearnError: what, where and what to do.
     """
     args = cfg.runtime_args
     setup_logging()
+    node = Node.of(os.environ) if args.cluster == "ray" else Node()
+    if not node.is_head and args.ray_address is None:
+        share_token(node)
+        join(node)
+        return None
     with RunFolder.open(
         args.output_dir,
         args.exp_name,
@@ -43,9 +58,31 @@ def launch(cfg: GrpoConfig) -> Path:
             open_progress(args.num_episode, start=start) as progress,
             Tracker(run.metrics_file, _sinks(cfg, run, start), progress=progress) as tracker,
         ):
-            asyncio.run(train(cfg, LocalCluster(cfg), run, tracker))
+            asyncio.run(_until_ended(train(cfg, _cluster(cfg, run, node), run, tracker)))
         console().print(final_report(run.path), soft_wrap=True)
         return run.path
+
+
+async def _until_ended(training: Coroutine[Any, Any, None]) -> None:
+    """Await ``training``; SIGTERM, which schedulers send, ends it as Ctrl-C does."""
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
+    await training
+
+
+def _cluster(cfg: GrpoConfig, run: RunFolder, node: Node) -> Cluster:
+    if cfg.runtime_args.cluster == "local":
+        return LocalCluster(cfg, logs=run.logs)
+    if cfg.runtime_args.ray_address is None:
+        share_token(node)
+    try:
+        from chatlearn.cluster.ray import RayCluster
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"runtime_args.cluster=ray, but Ray is not installed ({error}); install "
+            "chatlearn[ray], or set runtime_args.cluster=local"
+        ) from error
+    return RayCluster(cfg, logs=run.logs, node=node)
 
 
 def _sinks(cfg: GrpoConfig, run: RunFolder, start: int) -> list[Sink]:

@@ -100,7 +100,10 @@ async def _learn(
             for i in range(0, len(rows), size):
                 samples = [sample for row in rows[i : i + size] for sample in row]
                 batches = pack(
-                    samples, settings.max_token_in_packing, keep_zero_advantages=needs_all_rows
+                    samples,
+                    settings.max_token_in_packing,
+                    keep_zero_advantages=needs_all_rows,
+                    ranks=cluster.trainer.ranks,
                 )
                 if batches:
                     metrics.append(await cluster.trainer.step(batches))

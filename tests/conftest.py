@@ -10,8 +10,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
+from hypothesis import settings
 
 from chatlearn.types import Budget, SamplingParams, Session, Task
+
+settings.register_profile("patient", deadline=None)  # cores are shared, here and in CI
+settings.load_profile("patient")
 
 CHATML = """\
 {%- for m in messages -%}
@@ -176,6 +180,7 @@ AGENT_FILE = '''
 
 import os
 import signal
+import time
 
 from langgraph.graph import START, MessagesState, StateGraph
 
@@ -208,6 +213,7 @@ def letters(messages):
     runs += 1
     if runs == int(os.environ.get("KILL_AT_RUN", 0)):
         os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(float(os.environ.get("SLOW_S", 0)))
     text = "".join(m["content"] for m in messages if m["role"] == "assistant")
     return sum(letter in "abcdefghijklm" for letter in text) / max(len(text), 1)
 '''
@@ -254,12 +260,16 @@ class Project:
             "models.policy.max_seq_len=128",
         ]
 
-    def run(self, *overrides: str, check: bool = True, **environment: str):
-        import subprocess
+    def command(self, *overrides: str) -> list[str]:
         import sys
 
+        return [sys.executable, "-m", "chatlearn", "grpo", *self.settings, *overrides]
+
+    def run(self, *overrides: str, check: bool = True, **environment: str):
+        import subprocess
+
         done = subprocess.run(
-            [sys.executable, "-m", "chatlearn", "grpo", *self.settings, *overrides],
+            self.command(*overrides),
             cwd=self.folder,
             env={**os.environ, **environment},
             capture_output=True,
@@ -269,6 +279,19 @@ class Project:
         if check:
             assert done.returncode == 0, done.stderr
         return done
+
+    def start(self, *overrides: str, **environment: str):
+        """Begin a run and leave it; what it prints is in ``out.txt`` of the project."""
+        import subprocess
+
+        with (self.folder / "out.txt").open("w") as out:
+            return subprocess.Popen(
+                self.command(*overrides),
+                cwd=self.folder,
+                env={**os.environ, **environment},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
 
     @property
     def runs(self):
@@ -282,3 +305,14 @@ class Project:
         import json
 
         return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def sglang_python() -> str:
+    """A Python with the real SGLang; the first time it takes a minute or two to make."""
+    import subprocess
+    from pathlib import Path
+
+    script = Path(__file__).with_name("sglang_env.sh")
+    done = subprocess.run(["bash", str(script)], stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.splitlines()[-1]

@@ -55,10 +55,15 @@ CASES = {
         ["runtime_args.num_inference_per_prompt=8"],
         r"models\.policy\.num_inference_per_prompt",
     ),
-    "no such backend yet": (
+    "a Python without SGLang": (
         None,
         ["runtime_args.rollout_backend=sglang"],
-        r"rollout_backend.*embedded",
+        r"sglang_python=\S+ has no SGLang .*set models\.policy\.sglang_python to a Python with",
+    ),
+    "a cluster without SGLang": (
+        None,
+        ["runtime_args.cluster=ray"],
+        r"rollout_backend = embedded.*set runtime_args\.rollout_backend=sglang",
     ),
     "missing dataset": (
         None,

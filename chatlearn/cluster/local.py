@@ -1,4 +1,8 @@
-"""One process, no Ray: the engine samples from the very module that the trainer updates."""
+"""One process, no Ray: agents, trainer and the loop are plain objects of this process.
+
+The engine is inside it too (``EmbeddedEngine``, the very module that the trainer updates), or
+SGLang servers beside it.
+"""
 
 from __future__ import annotations
 
@@ -6,47 +10,99 @@ import asyncio
 import gc
 import logging
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from pathlib import Path
 
 import torch
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils.logging import disable_progress_bar
 
+from chatlearn.cluster.agents import Agents, import_user_code
+from chatlearn.cluster.delivery import Delivery
+from chatlearn.cluster.fleet import SGLangFleet
+from chatlearn.cluster.settings import server_settings, sglang_engines, trainer_settings
 from chatlearn.config import GrpoConfig
-from chatlearn.data.prompt_dataset import drop_long
 from chatlearn.errors import ConfigError
-from chatlearn.models.agent.agent_module import AgentFactory, import_modules
-from chatlearn.models.agent.agent_run import run_agent, sets_own_reward
-from chatlearn.models.agent.chat_model import CustomChatModel
-from chatlearn.models.agent.prompt_builder import PromptBuilder
-from chatlearn.models.agent.tool_parser import tool_parser
+from chatlearn.interfaces import Weights
 from chatlearn.models.engine.embedded import EmbeddedEngine
 from chatlearn.models.engine.lockstep import Lockstep
+from chatlearn.models.engine.sglang_server import SGLangServer
 from chatlearn.models.policy.loading import eos_token_ids, load_policy, load_tokenizer
-from chatlearn.models.policy.trainer import PolicyTrainer, TrainerSettings
-from chatlearn.rewards.registry import resolve_reward
+from chatlearn.models.policy.trainer import PolicyTrainer
+from chatlearn.models.policy.weights import Sent
 from chatlearn.types import Budget, SamplingParams, Session, Task, Trajectory
 
 logger = logging.getLogger(__name__)
 
+_MAX_THREADS = 256
+"""Sync nodes and tools that may be under way at once beside SGLang servers."""
+
 
 class LocalCluster:
-    """Engine, trainer and agents as plain objects of this process.
+    """Engine, trainer and agents of this process.
 
     Everything is loaded on entering, so that the configuration can be refused before a model is
     read. Agents run as tasks of the event loop; a breakpoint in a graph node stops there.
+
+    Args:
+        cfg: the run's configuration.
+        logs: folder for the logs of SGLang servers.
     """
 
-    engine: EmbeddedEngine
+    engine: EmbeddedEngine | SGLangFleet
     trainer: PolicyTrainer
 
-    def __init__(self, cfg: GrpoConfig) -> None:
-        self._cfg = cfg
+    def __init__(self, cfg: GrpoConfig, *, logs: Path) -> None:
+        self._cfg, self._logs = cfg, logs
+        self._servers: list[SGLangServer] = []
+        self._lockstep: Lockstep | None = None
 
     async def __aenter__(self) -> LocalCluster:
+        try:
+            await self._start()
+        except BaseException:
+            await self.__aexit__()
+            raise
+        # What is loaded by now stays: the collector need not walk it again during rollouts.
+        gc.collect()
+        gc.freeze()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        gc.unfreeze()
+        if self._servers and hasattr(self, "engine"):
+            await self.engine.close()
+            await self._delivery.close()
+        await asyncio.gather(*(server.stop() for server in self._servers))
+
+    def metrics(self) -> dict[str, float]:
+        return self.engine.stats()
+
+    def validate(self, tasks: Sequence[Task]) -> list[Task]:
+        return self._agents.validate(tasks)
+
+    async def run_agent(
+        self, task: Task, *, sampling: SamplingParams, budget: Budget, session: Session
+    ) -> Trajectory:
+        with self._running():
+            return await self._agents.run(
+                task, engine=self.engine, sampling=sampling, budget=budget, session=session
+            )
+
+    @asynccontextmanager
+    async def training(self) -> AsyncIterator[None]:
+        """The embedded engine shares the trainer's module, so nothing moves: its caches are freed.
+        Colocated servers give their memory to the trainer."""
+        await self.engine.sleep()
+        yield
+        if isinstance(self.engine, EmbeddedEngine):
+            await self.engine.wake()
+
+    async def _start(self) -> None:
         cfg = self._cfg
         torch.manual_seed(cfg.runtime_args.seed)
-        import_modules(["chatlearn.models.agent.examples", "chatlearn.rewards.math"])
-        import_modules(cfg.runtime_args.import_modules)
+        import_user_code(cfg)
         device = torch.device("cuda" if cfg.models.policy_trainer.num_gpu else "cpu")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(
@@ -69,121 +125,78 @@ class LocalCluster:
             "policy %s: %s, %.2f million parameters, %s on %s",
             *(cfg.policy_path, type(model).__name__, parameters / 1e6, precision, device),
         )
-        self._prompts = PromptBuilder(
-            tokenizer, eos, {"enable_thinking": cfg.models.policy.enable_thinking}
-        )
-        llm = CustomChatModel(
-            model="policy",
-            tokenizer=tokenizer,
-            prompts=self._prompts,
-            parser=tool_parser(cfg.models.policy.tool_parser),
-        )
-        self._agents = AgentFactory(llm, tokenizer)
+        self._agents = Agents(cfg, tokenizer, eos)
         kl = cfg.models.policy_trainer.kl_coef > 0
         self.trainer = PolicyTrainer(
             model,
             tokenizer,
-            _trainer_settings(cfg, precision),
+            trainer_settings(cfg, precision),
             reference=load_policy(cfg.reference_path, **load) if kl else None,
         )
+        loop = asyncio.get_running_loop()
+        if cfg.runtime_args.rollout_backend == "sglang":
+            loop.set_default_executor(ThreadPoolExecutor(_MAX_THREADS))
+            self.engine = await self._start_servers(eos)
+            return
         self._lockstep = Lockstep()
         self.engine = EmbeddedEngine(
             model,
             eos_token_ids=eos,
             max_slots=cfg.models.policy.max_concurrent_requests,
-            max_context=max(cfg.train_budget().context_tokens, cfg.eval_budget().context_tokens),
+            max_context=cfg.max_context,
             decode=tokenizer.decode,
             lockstep=self._lockstep,
         )
-        # What is loaded by now stays: the collector need not walk it again during rollouts.
-        gc.collect()
-        gc.freeze()
-        asyncio.get_running_loop().set_default_executor(self._lockstep.executor)
-        return self
+        loop.set_default_executor(self._lockstep.executor)
 
-    async def __aexit__(self, *exc_info: object) -> None:
-        gc.unfreeze()
-
-    def metrics(self) -> dict[str, float]:
-        return self.engine.stats()
-
-    def validate(self, tasks: Sequence[Task]) -> list[Task]:
-        """Build every agent and find every reward function once; drop prompts that are too long.
-
-        Raises:
-            AgentError, ConfigError: an agent, its YAML or its reward function cannot be had.
-            DataError: no prompt is short enough.
-        """
-        if not tasks:
-            return []
-        seen = set()
-        for task in tasks:
-            key = (
-                task.agent_name,
-                task.agent_cfg_path,
-                task.data_source,
-                task.fields.get("reward_fn"),
-            )
-            if key in seen:
-                continue
-            seen.add(key)
-            agent, agent_reward_fn = self._agents.agent(task.agent_name, task.agent_cfg_path)
-            if resolve_reward(task, agent_reward_fn) is None and not sets_own_reward(agent):
-                raise ConfigError(
-                    f"row {task.uid}: no reward. No function is registered for its data_source "
-                    f"{task.data_source!r}, and neither the row nor the YAML of agent "
-                    f"{task.agent_name!r} names one; add @reward({task.data_source!r}) to a module "
-                    "in runtime_args.import_modules, or reward_fn: pkg.mod:function to the row or "
-                    "the YAML"
-                )
-        kept, _ = drop_long(
-            tasks,
-            lambda task: len(self._prompts.first(task.messages)),
-            self._cfg.models.policy.max_prompt_tokens_length,
+    async def _start_servers(self, eos: frozenset[int]) -> SGLangFleet:
+        cfg, policy = self._cfg, self._cfg.models.policy
+        for i in range(policy.num_engine):
+            settings = server_settings(cfg, gpu_ids=self._gpus_of_engine(i))
+            self._servers.append(SGLangServer(settings, log_file=self._logs / f"engine_{i}.log"))
+        timeout = policy.engine_start_timeout_s
+        await asyncio.gather(*(server.start(timeout_s=timeout) for server in self._servers))
+        urls = [server.url for server in self._servers]
+        logger.info("engines: %s", ", ".join(urls))
+        self._delivery = Delivery(
+            cfg,
+            sglang_engines(cfg, urls, eos),
+            rank=0,
+            ranks=1,
+            folder=self._logs.parent / "weights",
+            host="127.0.0.1",
         )
-        return kept
+        return SGLangFleet(
+            sglang_engines(cfg, urls, eos),
+            self._servers,
+            self._send,
+            self._expected_checksums,
+            policy,
+            pauses=cfg.runtime_args.max_staleness > 0,
+            colocated=cfg.is_colocated,
+        )
 
-    async def run_agent(
-        self, task: Task, *, sampling: SamplingParams, budget: Budget, session: Session
-    ) -> Trajectory:
-        agent, agent_reward_fn = self._agents.agent(task.agent_name, task.agent_cfg_path)
-        with self._lockstep.run():
-            return await run_agent(
-                agent,
-                task,
-                engine=self.engine,
-                sampling=sampling,
-                budget=budget,
-                session=session,
-                reward_function=resolve_reward(task, agent_reward_fn),
-                timeout_s=self._cfg.runtime_args.agent_timeout_s,
-            )
+    def _gpus_of_engine(self, index: int) -> tuple[int, ...]:
+        """The trainer's GPU 0 when colocated, else those after it."""
+        policy = self._cfg.models.policy
+        if not policy.num_gpu:
+            return ()
+        split = policy.tensor_model_parallel_size
+        first = index * split + (0 if self._cfg.is_colocated else 1)
+        return tuple(range(first, first + split))
 
-    @asynccontextmanager
-    async def training(self) -> AsyncIterator[None]:
-        """Nothing to move: engine and trainer share one module. The engine's caches are freed."""
-        await self.engine.sleep()
-        yield
-        await self.engine.wake()
+    async def _send(self, weights: Weights, targets: Sequence[int], version: int) -> Sent:
+        return await self._delivery.send(self._as_stored(weights), targets, version)
 
+    async def _expected_checksums(self, weights: Weights) -> dict[str, str] | None:
+        return self._delivery.expected_checksums(self._as_stored(weights))
 
-def _trainer_settings(cfg: GrpoConfig, precision: str) -> TrainerSettings:
-    trainer = cfg.models.policy_trainer
-    optimizer = trainer.optimizer
-    return TrainerSettings(
-        lr=optimizer.lr,
-        min_lr=optimizer.min_lr,
-        weight_decay=optimizer.weight_decay,
-        betas=(optimizer.adam_beta1, optimizer.adam_beta2),
-        clip_grad=optimizer.clip_grad,
-        lr_schedule=optimizer.lr_schedule,
-        warmup_steps=optimizer.warmup_steps,
-        total_steps=cfg.total_steps,
-        kl_coef=trainer.kl_coef,
-        entropy_coef=trainer.entropy_coef,
-        pos_clip_ratio=trainer.pos_clip_ratio,
-        neg_clip_ratio=trainer.neg_clip_ratio,
-        temperature=cfg.models.policy.temperature,
-        gradient_checkpointing=trainer.gradient_checkpointing,
-        precision=precision,
-    )
+    def _as_stored(self, weights: Weights) -> Weights:
+        """Under the names of the model's files: of a mixture of experts transformers computes with
+        other tensors than it stores."""
+        for name, tensor in weights:
+            yield from revert_weight_conversion(self.trainer.model, {name: tensor}).items()
+
+    def _running(self) -> AbstractContextManager[None]:
+        """Around one agent run: the embedded engine steps when every run waits for it."""
+        return nullcontext() if self._lockstep is None else self._lockstep.run()

@@ -66,6 +66,23 @@ Name = Annotated[str, AfterValidator(_not_blank)]
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 Temperature = Annotated[float, AfterValidator(_explores)]
 FileList = Annotated[str, AfterValidator(_file_list)]
+Scalar = bool | int | float | str
+
+
+class _Flags(dict):
+    """A mapping of a frozen tree: it cannot be written, and can be hashed and pickled."""
+
+    def __setitem__(self, name: str, value: Scalar) -> None:
+        raise TypeError("the configuration is frozen")
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple:
+        return _Flags, (dict(self),)
+
+
+Flags = Annotated[dict[str, Scalar], AfterValidator(_Flags)]
 FileNames = Annotated[FileList, AfterValidator(_not_blank)]
 
 

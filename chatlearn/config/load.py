@@ -73,10 +73,10 @@ def dump_config(config: GrpoConfig) -> str:
 
 def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys of a nested mapping. An empty section (all its keys commented out) has none."""
-    nodes = {name for name, _ in sections()}
+    nodes, known = {name for name, _ in sections()}, keys()
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and (value or key in nodes):
+        if isinstance(value, Mapping) and key not in known and (value or key in nodes):
             yield from _flatten(value, f"{key}.")
         elif not (value is None and key in nodes):
             yield key, value

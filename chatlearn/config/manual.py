@@ -26,8 +26,10 @@ A run is configured by a YAML file and by overrides after it:
     chatlearn grpo --config-file template/local_cpu.yaml \\
         runtime_args.data_path=train.json models.policy_trainer.load=path/to/model
 
+`template/local_cpu.yaml` is one process on a CPU, `template/grpo_fsdp.yaml` a cluster with GPUs.
+
 - Defaults < the YAML file < `a.b=value`. A value is spelled as in YAML: `2e-6`, `true`, `null`,
-  `'[a, b]'`.
+  `'[a, b]'`, `'{a: 1, b: two}'`.
 - `${a.b}` takes the value of another key, after the overrides:
   `output_dir: out/${runtime_args.exp_name}`.
 - A key that does not exist, a value of the wrong type and keys that contradict each other are
@@ -71,7 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _row(key: str, field: FieldInfo) -> str:
     leaf = key.rpartition(".")[2]
-    default = "**required**" if field.is_required() else f"`{shown(field.get_default())}`"
+    default = (
+        "**required**"
+        if field.is_required()
+        else f"`{shown(field.get_default(call_default_factory=True))}`"
+    )
     value = _spelled(field.annotation) + _bounds(field.metadata)
     return f"| `{leaf}` | {_cell(value)} | {default} | {_cell(_one_line(field.description))} |\n"
 
@@ -87,7 +93,12 @@ def _spelled(annotation: Any) -> str:
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join(_spelled(part) for part in get_args(annotation))
     if get_origin(annotation) is tuple:
-        return f"list of {_spelled(get_args(annotation)[0])}"
+        inner = get_args(annotation)[0]
+        if get_origin(inner) is Literal:
+            return f"list out of {_spelled(inner).replace(' or ', ', ')}"
+        return f"list of {_spelled(inner)}"
+    if get_origin(annotation) is dict:
+        return "`{name: value, …}`"
     words = {bool: "`true` or `false`", int: "whole number", float: "number", str: "text"}
     return words.get(annotation, "`null`")
 

@@ -6,6 +6,8 @@ import json
 import math
 import struct
 from collections.abc import Iterator, Mapping
+from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +19,78 @@ _LOGITS = 3 * 256 * 1024**2
 itself, its softmax, its gradient."""
 
 
-def estimate_memory(cfg: GrpoConfig) -> str:
-    """The peak in GiB with its parts, or why there is none. Libraries and agents come on top."""
+def estimate_memory(cfg: GrpoConfig, *, machines: int = 1) -> str:
+    """The peak in GiB with its parts, or why there is none. Libraries and agents come on top.
+
+    Args:
+        machines: how many share the run; matters only with ``cluster=ray``.
+    """
     folder = Path(cfg.models.policy_trainer.load).expanduser()
     if not folder.is_dir():
         return f"model folder not found locally: memory not estimated ({folder})"
+    estimate = _one_process
+    if cfg.runtime_args.rollout_backend == "sglang":
+        estimate = partial(_apart, machines=machines)
     try:
         parameters = count_parameters(folder)
         shape = _model_shape(folder)
-        held = dict(_held(cfg, parameters))
-        cache, activations = _kv_cache(cfg, shape), _activations(cfg, shape)
+        lines = estimate(cfg, parameters, shape)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"not estimated: {folder}: {type(error).__name__}: {error}"
-    listed = ", ".join(f"{name} {_gib(size)}" for name, size in held.items())
-    text = (
-        f"about {_gib(sum(held.values()) + max(cache, activations))}: {listed}; and in turn KV "
-        f"cache {_gib(cache)}, activations {_gib(activations)} "
-        f"(rough; from {parameters:,} parameters in {folder})"
-    )
+    lines[-1] += f" (rough; from {parameters:,} parameters in {folder})"
+    text = f"\n{'':<12}".join(lines)
     longest = shape.get("max_position_embeddings")
-    context = _context(cfg)
-    if longest is not None and context > longest:
-        text += f"\n{'careful':<12}a context of {context:,} tokens, but the model knows {longest:,}"
+    if longest is not None and cfg.max_context > longest:
+        context = f"a context of {cfg.max_context:,} tokens"
+        text += f"\n{'careful':<12}{context}, but the model knows {longest:,}"
     return text
+
+
+def _one_process(cfg: GrpoConfig, parameters: int, shape: Mapping[str, Any]) -> list[str]:
+    """Trainer and embedded engine on one device, sharing the weights."""
+    held = dict(_held(cfg, parameters))
+    cache, activations = _kv_cache(cfg, shape), _activations(cfg, shape)
+    total = sum(held.values()) + max(cache, activations)
+    in_turn = f"and in turn KV cache {_gib(cache)}, activations {_gib(activations)}"
+    return [f"about {_gib(total)}: {_listed(held)}; {in_turn}"]
+
+
+def _apart(
+    cfg: GrpoConfig, parameters: int, shape: Mapping[str, Any], *, machines: int
+) -> list[str]:
+    """A trainer process, an SGLang engine, and what waits on the CPU while engines sample."""
+    trainer, on_ray = cfg.models.policy_trainer, cfg.runtime_args.cluster == "ray"
+    held = dict(_sharded(cfg, parameters) if on_ray else _held(cfg, parameters))
+    step = {"activations": _activations(cfg, shape)}
+    if on_ray:
+        step["gathered weights"] = _number(cfg) * _gathered(parameters, shape)
+    total = _gib(sum(held.values()) + sum(step.values()))
+    who = "a trainer rank" if on_ray else "the trainer"
+    lines = [
+        f"{who} {total}: {_listed(held)}; in a step {_listed(step)}",
+        _engine(cfg, parameters, shape),
+    ]
+    moved = _offloaded(cfg, held)
+    if moved:
+        ranks = ceil(trainer.num_rank / machines)
+        whose = f"{ranks} ranks of a machine hold" if ranks > 1 else "the rank of a machine holds"
+        lines.append(f"while engines sample, the {whose} {_gib(moved * ranks)} on the CPU")
+    return lines
+
+
+def _engine(cfg: GrpoConfig, parameters: int, shape: Mapping[str, Any]) -> str:
+    policy = cfg.models.policy
+    split, calls = policy.tensor_model_parallel_size, policy.max_concurrent_requests
+    share, part = "", ""
+    if policy.num_gpu:
+        share = f" takes {policy.gpu_memory_utilization:.0%} of a GPU"
+        part = ", on each GPU" if split > 1 else ""
+    weights = _number(cfg) * parameters // split
+    cache = _kv_cache(cfg, shape) // split
+    return (
+        f"an engine{share}: weights {_gib(weights)}, the rest KV cache; {calls:,} full contexts "
+        f"would want {_gib(cache)} of it{part}"
+    )
 
 
 def count_parameters(folder: Path) -> int:
@@ -83,12 +134,42 @@ def _held(cfg: GrpoConfig, parameters: int) -> Iterator[tuple[str, int]]:
         yield "reference", _number(cfg) * parameters
 
 
+def _sharded(cfg: GrpoConfig, parameters: int) -> Iterator[tuple[str, int]]:
+    """Name and bytes of what one FSDP2 rank holds between steps: everything in fp32, divided."""
+    share = ceil(parameters / cfg.models.policy_trainer.num_rank)
+    yield "weights", 4 * share
+    yield "gradients", 4 * share
+    yield "AdamW moments", 8 * share
+    if cfg.models.policy_trainer.kl_coef:
+        yield "reference", _number(cfg) * share
+
+
+def _gathered(parameters: int, shape: Mapping[str, Any]) -> int:
+    """Numbers that a rank holds whole in a step: embedding and head, the layer that works, and the
+    next one on its way."""
+    tables = 1 if shape.get("tie_word_embeddings") else 2
+    ends = min(parameters, tables * shape.get("vocab_size", 0) * shape["hidden_size"])
+    return (
+        ends
+        + min(2, shape["num_hidden_layers"]) * (parameters - ends) // shape["num_hidden_layers"]
+    )
+
+
+def _offloaded(cfg: GrpoConfig, state: Mapping[str, int]) -> int:
+    """Bytes of one rank that wait on the CPU while engines sample on the same GPUs."""
+    if not (cfg.is_colocated and cfg.models.policy_trainer.num_gpu):
+        return 0
+    free = cfg.models.policy_trainer.free_gpu_memory
+    weights = state["weights"] * free.offload_weights
+    return weights + state["AdamW moments"] * free.offload_optimizer_states
+
+
 def _kv_cache(cfg: GrpoConfig, shape: Mapping[str, Any]) -> int:
-    """Bytes of the engine's slots, all full; freed while the trainer works."""
+    """Bytes of all the calls that one engine works on at once, each with a full context."""
     heads = shape["num_attention_heads"]
     head_size = shape.get("head_dim") or shape["hidden_size"] // heads
     row = 2 * (shape.get("num_key_value_heads") or heads) * head_size * shape["num_hidden_layers"]
-    return row * _context(cfg) * cfg.models.policy.max_concurrent_requests * _number(cfg)
+    return row * cfg.max_context * cfg.models.policy.max_concurrent_requests * _number(cfg)
 
 
 def _activations(cfg: GrpoConfig, shape: Mapping[str, Any]) -> int:
@@ -110,8 +191,8 @@ def _number(cfg: GrpoConfig) -> int:
     return 2 if cfg.precision(device) == "bf16" else 4
 
 
-def _context(cfg: GrpoConfig) -> int:
-    return max(cfg.train_budget().context_tokens, cfg.eval_budget().context_tokens)
+def _listed(parts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
 
 
 def _gib(size: float) -> str:

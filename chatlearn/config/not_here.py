@@ -14,9 +14,7 @@ _MEGATRON = "there is no Megatron trainer; leave it out"
 
 NOT_HERE: dict[str, str] = {
     # runtime_args
-    "runtime_args.train_backend": "the trainer follows from runtime_args.cluster; leave it out",
     "runtime_args.use_partial_rollout": "asynchrony is one number: set runtime_args.max_staleness",
-    "runtime_args.colocation": _PLACEMENT,
     "runtime_args.concurrent_setup": _PLACEMENT,
     "runtime_args.cpu_schedule_strategy": _PLACEMENT,
     "runtime_args.policy_to_regroup_queue": _PLACEMENT,
@@ -29,9 +27,7 @@ NOT_HERE: dict[str, str] = {
     "runtime_args.num_inference_per_prompt": (
         "the group size has one key; set models.policy.num_inference_per_prompt"
     ),
-    "runtime_args.raw_chat": "rows always keep their chat messages; leave it out",
     "runtime_args.data_ratio": "the files of data_path make one dataset; mix them beforehand",
-    "runtime_args.data_rerank": "the rollouts of a prompt always run as one group; leave it out",
     "runtime_args.max_replay_episode": (
         "old samples are not replayed; set runtime_args.num_training_epoch for more passes over "
         "the fresh ones"
@@ -46,21 +42,28 @@ NOT_HERE: dict[str, str] = {
     "runtime_args.model_type": "only text models are trained; leave it out",
     "runtime_args.log_args_dict.log_dir": _RUN_FOLDER,
     "runtime_args.log_args_dict.tensorboard_dir": _RUN_FOLDER,
+    "env_args.working_dir": "set runtime_args.working_dir",
     "env_args.*": "the run uses the Python environment it is started in; leave the section out",
     # models that are not models here
     "models.reward.*": "rewards run beside the agent that earned them; leave the section out",
-    "models.rollout_manager.*": "set runtime_args.max_concurrent_rollouts; leave the section out",
+    "models.rollout_manager.max_concurrent_per_engine": (
+        "set models.policy.max_concurrent_requests"
+    ),
+    "models.rollout_manager.use_dynamic_load_*": (
+        "a group goes to the engine with the least to do, and stays there; leave it out"
+    ),
     "models.partial_rollout_manager.*": (
         "asynchrony is one number: set runtime_args.max_staleness; leave the section out"
     ),
     # models: keys that ChatLearn repeats in every model
-    "models.*.num_cpu": _PLACEMENT,
+    "models.ref_policy.num_cpu": _PLACEMENT,
     "models.*.gpu_per_process": _PLACEMENT,
-    "models.*.cpu_per_process": _PLACEMENT,
+    "models.ref_policy.cpu_per_process": _PLACEMENT,
     "models.*.replica_dp_size": _PLACEMENT,
     "models.*.num_replica": _PLACEMENT,
     "models.*.trainable": "the policy is trained and the reference never is; leave it out",
-    "models.*.packing": _PACKING,
+    "models.policy.packing": _PACKING,
+    "models.ref_policy.packing": _PACKING,
     "models.*.train_micro_batch_size": _PACKING,
     "models.policy.max_token_in_packing": _PACKING,
     "models.ref_policy.max_token_in_packing": _PACKING,
@@ -68,7 +71,7 @@ NOT_HERE: dict[str, str] = {
         "requests are batched as they arrive; set models.policy.max_concurrent_requests"
     ),
     "models.*.sync_frequency": "new weights are published after every episode; leave it out",
-    "models.*.free_gpu_memory*": _MEMORY,
+    "models.policy.free_gpu_memory*": _MEMORY,
     "models.*.seed": "the run has one seed; set runtime_args.seed",
     # models.policy
     "models.policy.trust_remote_code": "set models.policy_trainer.trust_remote_code",
@@ -84,10 +87,6 @@ NOT_HERE: dict[str, str] = {
     ),
     "models.policy.max_seq_len_to_capture": "it is derived; set models.policy.max_seq_len",
     "models.policy.seq_length": "it is derived; set models.policy.max_seq_len",
-    "models.policy.gpu_memory_utilization": (
-        "the embedded engine holds max_concurrent_requests slots of max_seq_len tokens; set those"
-    ),
-    "models.policy.enforce_eager": "the embedded engine captures no CUDA graphs; leave it out",
     "models.policy.enable_stage_resume": _LEDGER,
     # models.policy_trainer
     "models.policy_trainer.diff_clip_ratio": "the loss has no second clip; leave it out",

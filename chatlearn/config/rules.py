@@ -25,44 +25,84 @@ class Conflict(NamedTuple):
 
 def conflicts(cfg: GrpoConfig) -> list[Conflict]:
     """Everything in ``cfg`` that cannot be true at once, whatever each key says alone."""
-    rules = (unbuilt, _devices, _batches, _lengths, _models, _companions)
+    rules = (_devices, _batches, _lengths, _models, _colocation, _companions)
     return [conflict for rule in rules for conflict in rule(cfg)]
 
 
-def unbuilt(cfg: GrpoConfig) -> Iterator[Conflict]:
-    """What the schema has a word for and this version cannot do yet. Delete when it can."""
-    run = cfg.runtime_args
-    for key, value, built in (
-        ("runtime_args.cluster", run.cluster, "local"),
-        ("runtime_args.rollout_backend", run.rollout_backend, "embedded"),
-    ):
-        if value != built:
-            yield Conflict(
-                (key,),
-                f"{key} = {value}: this version has only runtime_args.cluster=local and "
-                f"runtime_args.rollout_backend=embedded; set {key}={built}",
-            )
-
-
 def _devices(cfg: GrpoConfig) -> Iterator[Conflict]:
+    """Which cluster can drive which engine, on how many devices."""
     run, models = cfg.runtime_args, cfg.models
+    if run.cluster == "ray" and run.rollout_backend == "embedded":
+        yield Conflict(
+            ("runtime_args.cluster", "runtime_args.rollout_backend"),
+            "runtime_args.cluster = ray with runtime_args.rollout_backend = embedded: that engine "
+            "lives in the process of the one trainer; set runtime_args.rollout_backend=sglang, or "
+            "runtime_args.cluster=local",
+        )
     if run.cluster == "local":
-        for name, model in models:
+        roles = {"policy_trainer": models.policy_trainer, "ref_policy": models.ref_policy}
+        if run.rollout_backend == "embedded":
+            roles = {"policy": models.policy} | roles
+        for name, model in roles.items():
             key = f"models.{name}.num_gpu"
             if model.num_gpu > 1:
                 yield Conflict(
                     (key, "runtime_args.cluster"),
                     f"{key} = {model.num_gpu} with runtime_args.cluster = local: one process "
-                    f"drives one device; set {key} to 1, or to 0 for the CPU",
+                    f"drives one device; set {key} to 1, to 0 for the CPU, or "
+                    "runtime_args.cluster=ray",
                 )
-    key = "models.policy.tensor_model_parallel_size"
-    split = models.policy.tensor_model_parallel_size
-    if run.rollout_backend == "embedded" and split != 1:
+    trains, samples = models.policy_trainer.num_gpu, models.policy.num_gpu
+    if run.rollout_backend == "sglang" and bool(trains) != bool(samples):
+        keys = ("models.policy.num_gpu", "models.policy_trainer.num_gpu")
         yield Conflict(
-            (key, "runtime_args.rollout_backend"),
-            f"{key} = {split} with runtime_args.rollout_backend = embedded: that engine is on one "
-            f"device; set {key}=1",
+            keys,
+            f"{keys[0]} = {samples} and {keys[1]} = {trains}: engines and trainer are all on GPUs "
+            "or all on CPUs; set both above 0, or both to 0",
         )
+    if models.policy.publish == "tensor" and samples and not run.colocation:
+        keys = ("models.policy.publish", "runtime_args.colocation")
+        yield Conflict(
+            keys,
+            f"{keys[0]} = tensor without {keys[1]}: engines on GPUs of their own cannot open the "
+            f"trainer's memory; set {keys[0]} to auto, collective or disk",
+        )
+    yield from _split_engines(cfg)
+    yield from _cpu_processes(cfg)
+
+
+def _split_engines(cfg: GrpoConfig) -> Iterator[Conflict]:
+    policy = cfg.models.policy
+    key, split = "models.policy.tensor_model_parallel_size", policy.tensor_model_parallel_size
+    if cfg.runtime_args.rollout_backend == "embedded":
+        if split != 1:
+            yield Conflict(
+                (key, "runtime_args.rollout_backend"),
+                f"{key} = {split} with runtime_args.rollout_backend = embedded: that engine is on "
+                f"one device; set {key}=1",
+            )
+    elif policy.num_gpu % split:
+        yield Conflict(
+            (key, "models.policy.num_gpu"),
+            f"models.policy.num_gpu = {policy.num_gpu} is not a multiple of {key} = {split}: an "
+            f"engine takes {split} GPUs; change one of them",
+        )
+
+
+def _cpu_processes(cfg: GrpoConfig) -> Iterator[Conflict]:
+    """CPUs are dealt out in whole processes."""
+    models = cfg.models
+    roles = {"rollout_manager": models.rollout_manager}
+    roles |= {"policy": models.policy} if models.policy.num_gpu == 0 else {}
+    roles |= {"policy_trainer": models.policy_trainer} if models.policy_trainer.num_gpu == 0 else {}
+    for name, model in roles.items():
+        total, each = f"models.{name}.num_cpu", f"models.{name}.cpu_per_process"
+        if model.num_cpu % model.cpu_per_process:
+            yield Conflict(
+                (total, each),
+                f"{total} = {model.num_cpu} is not a multiple of {each} = {model.cpu_per_process}; "
+                "change one of them",
+            )
 
 
 def _batches(cfg: GrpoConfig) -> Iterator[Conflict]:
@@ -120,30 +160,60 @@ def _lengths(cfg: GrpoConfig) -> Iterator[Conflict]:
 
 
 def _models(cfg: GrpoConfig) -> Iterator[Conflict]:
-    policy, trainer = cfg.models.policy, cfg.models.policy_trainer
-    if cfg.runtime_args.rollout_backend != "embedded":
-        return
-    if policy.num_gpu != trainer.num_gpu:
+    policy, trainer, ref = cfg.models.policy, cfg.models.policy_trainer, cfg.models.ref_policy
+    if ref.num_gpu != trainer.num_gpu and (trainer.kl_coef or ref.num_gpu):
+        keys = ("models.ref_policy.num_gpu", "models.policy_trainer.num_gpu")
+        yield Conflict(
+            (*keys, "models.policy_trainer.kl_coef"),
+            f"{keys[0]} = {ref.num_gpu} is not {keys[1]} = {trainer.num_gpu}: the reference is on "
+            "the trainer's devices; set both to the same number",
+        )
+    if cfg.runtime_args.rollout_backend == "embedded" and policy.num_gpu != trainer.num_gpu:
         keys = ("models.policy.num_gpu", "models.policy_trainer.num_gpu")
         yield Conflict(
             keys,
             f"{keys[0]} = {policy.num_gpu} is not {keys[1]} = {trainer.num_gpu}: the embedded "
             "engine shares the trainer's weights; set both to the same number",
         )
-    ref, kl = cfg.models.ref_policy, trainer.kl_coef
-    if ref.num_gpu != trainer.num_gpu and (kl or ref.num_gpu):
-        keys = ("models.ref_policy.num_gpu", "models.policy_trainer.num_gpu")
-        yield Conflict(
-            (*keys, "models.policy_trainer.kl_coef"),
-            f"{keys[0]} = {ref.num_gpu} is not {keys[1]} = {trainer.num_gpu}: in one process the "
-            "reference is on the trainer's device; set both to the same number",
-        )
     if policy.load is not None and policy.load != trainer.load:
         keys = ("models.policy.load", "models.policy_trainer.load")
         yield Conflict(
             keys,
-            f"{keys[0]} = {policy.load} is not {keys[1]} = {trainer.load}: the embedded engine "
-            f"samples from the trainer's weights; leave {keys[0]} out",
+            f"{keys[0]} = {policy.load} is not {keys[1]} = {trainer.load}: the engine samples from "
+            f"the trainer's weights; leave {keys[0]} out",
+        )
+
+
+def _colocation(cfg: GrpoConfig) -> Iterator[Conflict]:
+    run, policy, trainer = cfg.runtime_args, cfg.models.policy, cfg.models.policy_trainer
+    if not run.colocation:
+        return
+    key, shown = "runtime_args.colocation", f"[{', '.join(run.colocation)}]"
+    if not {"policy", "policy_trainer"} <= set(run.colocation):
+        yield Conflict(
+            (key,),
+            f"{key} = {shown}: engine and trainer share devices or do not; set it to [policy, "
+            "policy_trainer, ref_policy], or leave it out",
+        )
+    if policy.num_gpu != trainer.num_gpu:
+        keys = ("models.policy.num_gpu", "models.policy_trainer.num_gpu")
+        yield Conflict(
+            (*keys, key),
+            f"{keys[0]} = {policy.num_gpu} is not {keys[1]} = {trainer.num_gpu} with {key} = "
+            f"{shown}: they are the same GPUs; set both to the same number, or leave {key} out",
+        )
+    if run.max_staleness:
+        yield Conflict(
+            (key, "runtime_args.max_staleness"),
+            f"runtime_args.max_staleness = {run.max_staleness} with {key} = {shown}: engines sleep "
+            "while the trainer works, so nothing is sampled meanwhile; set max_staleness=0, or "
+            f"leave {key} out",
+        )
+    if policy.publish == "collective" and policy.num_gpu:
+        yield Conflict(
+            (key, "models.policy.publish"),
+            f"models.policy.publish = collective with {key} = {shown}: NCCL cannot have two ranks "
+            "on one GPU; set models.policy.publish=tensor",
         )
 
 

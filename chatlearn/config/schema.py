@@ -18,6 +18,7 @@ from chatlearn.config.kinds import (
     Below1,
     FileList,
     FileNames,
+    Flags,
     FolderName,
     Name,
     NotNegative,
@@ -62,9 +63,27 @@ class RuntimeArgs(Section):
     seed: Whole = 1234
     """Seed of the data order and of sampling. With ``cluster=local`` a run repeats bit for bit."""
     cluster: Literal["local", "ray"] = "local"
-    """Who runs where: ``local`` is one process on one device."""
+    """Who runs where: ``local`` is one process, ``ray`` is trainer ranks, engines and rollout
+    workers as processes of one or several machines (extra ``chatlearn[ray]``)."""
     rollout_backend: Literal["embedded", "sglang"] = "embedded"
-    """What samples: ``embedded`` is the engine inside this process, with the trainer's weights."""
+    """What samples: ``embedded`` is the engine inside this process, with the trainer's weights;
+    ``sglang`` is SGLang servers, which this run starts and ends."""
+    train_backend: Annotated[
+        Literal["fsdp"], only("fsdp", "there is no Megatron trainer; a cluster trains with FSDP2")
+    ] = "fsdp"
+    """Always ``fsdp``, and here because launch commands set it."""
+    colocation: Annotated[
+        tuple[Literal["policy", "policy_trainer", "ref_policy"], ...], Field(strict=False)
+    ] = ()
+    """Models that share GPUs: ``[policy, policy_trainer, ref_policy]`` lets engines and trainer use
+    the same ones in turns, each giving its memory back while the other works. Empty = every model
+    has GPUs of its own."""
+    ray_address: Name | None = None
+    """A Ray cluster that is running already (``auto``, ``host:port``). null = the run starts one,
+    on all machines that RANK, WORLD_SIZE and MASTER_ADDR describe, and ends it."""
+    working_dir: Name | None = None
+    """Folder that Ray copies to every machine and starts the workers in, for clusters without a
+    shared disk. null = the folder the run was started in, under the same path everywhere."""
     task_type: Annotated[
         Literal["agent"],
         only("agent", "only agents are trained; a plain chat is an agent of one model call"),
@@ -74,6 +93,12 @@ class RuntimeArgs(Section):
         Literal[True], only(True, "the rollout manager is the only way agents are run")
     ] = True
     """Always true, and here because launch commands set it."""
+    raw_chat: Annotated[Literal[True], only(True, "rows always keep their chat messages")] = True
+    """Always true, and here because launch commands set it."""
+    data_rerank: Annotated[
+        Literal[False], only(False, "the rollouts of a prompt always run as one group")
+    ] = False
+    """Always false, and here because launch commands set it."""
     import_modules: Annotated[tuple[Name, ...], Field(strict=False)] = ()
     """Your code, imported before anything runs so that it can register agents and rewards: a list
     of modules (``pkg.mod``) and files (``path/to/agent.py``)."""
@@ -139,6 +164,25 @@ class RuntimeArgs(Section):
         return self.sample_per_episode // self.rollouts_per_step * self.num_training_epoch
 
 
+class FreeGpuMemory(Section):
+    """What moves to the CPU's memory while the engines sample on the same GPUs. Matters only with
+    ``runtime_args.colocation``; on a CPU there is nothing to move."""
+
+    offload_weights: bool = True
+    """Parameters."""
+    free_grad_buffers: bool = True
+    """Gradients: they are dropped, not moved."""
+    offload_optimizer_states: bool = True
+    """The moments of AdamW."""
+
+
+class OffloadWeights(Section):
+    """What of the reference moves to the CPU's memory."""
+
+    offload_weights: bool = False
+    """Keep the reference's parameters on the CPU between optimizer steps."""
+
+
 class PolicyConfig(Section):
     """The policy as it samples."""
 
@@ -146,8 +190,13 @@ class PolicyConfig(Section):
     """Model folder or hub id. null = ``models.policy_trainer.load``."""
     num_gpu: Whole = 0
     """GPUs that sample. 0 = the CPU."""
+    num_cpu: Positive = 1
+    """CPUs that sample, with ``num_gpu=0`` and SGLang: one server for every ``cpu_per_process``."""
+    cpu_per_process: Positive = 1
+    """CPUs of one server, with ``num_gpu=0``."""
     tensor_model_parallel_size: Positive = 1
-    """GPUs that one engine is split over."""
+    """Parts that one engine is split in, each on a GPU of its own: ``num_gpu`` divided by this is
+    the number of engines."""
     is_sync_mode: Annotated[
         Literal[False], only(False, "agents await the engine; there is no synchronous mode")
     ] = False
@@ -191,7 +240,47 @@ class PolicyConfig(Section):
     enable_thinking: bool = False
     """Passed to the chat template; templates that know no thinking ignore it."""
     max_concurrent_requests: Positive = 64
-    """Slots of the embedded engine: rows decoded at once. Each holds a cache of one context."""
+    """Requests that one engine works on at once; more wait their turn. In the embedded engine each
+    holds a cache of one context."""
+    sglang_python: Name | None = None
+    """Python that serves, when SGLang lives in an environment of its own. null = this one."""
+    sglang_args: Flags = Field(default={}, validate_default=True)
+    """Further flags of the SGLang server, by their own names: ``{attention_backend: fa3}``."""
+    gpu_memory_utilization: Share = 0.8
+    """Share of a GPU's memory that an engine takes for weights and KV cache."""
+    enforce_eager: bool = False
+    """Do not capture CUDA graphs: starts sooner, decodes slower."""
+    deterministic: bool = False
+    """SGLang's deterministic inference: a request samples the same tokens whatever else is in its
+    batch. Slower, and only with attention backends that can."""
+    rl_on_policy_target: Literal["fsdp"] | None = None
+    """SGLang's switch for kernels whose numbers equal those of an FSDP trainer. GPUs only.
+    null = off."""
+    engine_start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds one engine may take to load and answer."""
+    max_engine_restarts: Whole = 3
+    """Times a dead engine is started again; then it stays out and the others go on. Its requests
+    are asked elsewhere meanwhile, and no rollout is lost."""
+    publish: Literal["auto", "tensor", "collective", "disk"] = "auto"
+    """How new weights reach SGLang: ``tensor`` shares memory with the engines of this machine (CUDA
+    IPC on GPUs), ``collective`` broadcasts to all of them (NCCL, or gloo on CPUs), ``disk`` writes
+    files that they read. ``auto`` = tensor where engine and trainer share devices or one machine's
+    CPUs, else collective."""
+    publish_bucket_mb: Positive = 512
+    """Weights travel in pieces of at most so many MiB: the extra memory of a publish."""
+    check_weights_interval: Whole = 10
+    """Publishes between checks that the weights in the engines are the trainer's, by checksum; the
+    first is always checked. 0 = never."""
+    pause_mode: Literal["in_place", "retract"] = "in_place"
+    """How requests that run during a publish go on (``max_staleness`` above 0): with the keys and
+    values that the old weights computed, or with those of the new weights, computed again."""
+
+    @property
+    def num_engine(self) -> int:
+        """SGLang servers of the run."""
+        if self.num_gpu:
+            return self.num_gpu // self.tensor_model_parallel_size
+        return self.num_cpu // self.cpu_per_process
 
     @property
     def train_context(self) -> int:
@@ -237,7 +326,18 @@ class PolicyTrainerConfig(Section):
     load: Name
     """Model folder or hub id that training starts from."""
     num_gpu: Whole = 0
-    """GPUs that train. 0 = the CPU."""
+    """GPUs that train, one rank each. 0 = the CPU."""
+    num_cpu: Positive = 1
+    """CPUs that train, with ``num_gpu=0`` on a cluster: one rank for every ``cpu_per_process``."""
+    cpu_per_process: Positive = 1
+    """CPUs, and threads, of one rank, with ``num_gpu=0`` on a cluster."""
+    packing: Annotated[Literal[True], only(True, "rows are always packed")] = True
+    """Always true, and here because launch commands set it."""
+    free_gpu_memory: FreeGpuMemory = FreeGpuMemory()
+    """What moves to the CPU's memory while the engines sample on the same GPUs."""
+    attention: Literal["auto", "flash", "flex", "sdpa"] = "auto"
+    """Kernel of the training pass. ``auto`` = FlashAttention or FlexAttention on a GPU where they
+    are installed, else PyTorch's scaled dot product attention."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Numbers of the forward and backward pass. ``auto`` = fp32 on a CPU, bf16 on a GPU, where the
     optimizer keeps fp32 masters."""
@@ -259,6 +359,11 @@ class PolicyTrainerConfig(Section):
     trust_remote_code: bool = False
     """Run the Python files in the model folder (transformers' ``trust_remote_code``)."""
 
+    @property
+    def num_rank(self) -> int:
+        """Processes that train together on a cluster."""
+        return self.num_gpu or self.num_cpu // self.cpu_per_process
+
 
 class RefPolicyConfig(Section):
     """The frozen model that the KL penalty pulls towards."""
@@ -266,12 +371,29 @@ class RefPolicyConfig(Section):
     load: Name | None = None
     """Model folder or hub id. null = ``models.policy_trainer.load``."""
     num_gpu: Whole = 0
-    """GPUs of the reference. 0 = the CPU. With ``cluster=local`` the same number as the trainer's;
-    matters only with a ``kl_coef``."""
+    """The same number as ``models.policy_trainer.num_gpu``: the reference lives beside the trainer.
+    Matters only with a ``kl_coef``."""
+    free_gpu_memory: OffloadWeights = OffloadWeights()
+    """What of the reference moves to the CPU's memory."""
+
+
+class RolloutManagerConfig(Section):
+    """The processes that run the agents on a cluster."""
+
+    num_cpu: Positive = 2
+    """CPUs for agents: one worker process for every ``cpu_per_process``. Matters only with
+    ``runtime_args.cluster=ray``."""
+    cpu_per_process: Positive = 1
+    """CPUs of one worker process. A process runs many agents at once."""
+
+    @property
+    def num_worker(self) -> int:
+        """Worker processes."""
+        return self.num_cpu // self.cpu_per_process
 
 
 class Models(Section):
-    """The three roles of a model."""
+    """The roles of a model, and who runs the agents that use it."""
 
     policy: PolicyConfig = PolicyConfig()
     """The policy as it samples."""
@@ -279,6 +401,8 @@ class Models(Section):
     """The policy as it learns."""
     ref_policy: RefPolicyConfig = RefPolicyConfig()
     """The frozen model that the KL penalty pulls towards."""
+    rollout_manager: RolloutManagerConfig = RolloutManagerConfig()
+    """The processes that run the agents on a cluster."""
 
 
 class GrpoConfig(Section):
@@ -287,7 +411,7 @@ class GrpoConfig(Section):
     runtime_args: RuntimeArgs
     """The run: where, on what data, how long."""
     models: Models
-    """The three roles of a model."""
+    """The roles of a model, and who runs the agents that use it."""
 
     @model_validator(mode="after")
     def _agrees(self) -> GrpoConfig:
@@ -338,6 +462,25 @@ class GrpoConfig(Section):
         if chosen == "auto":
             return "bf16" if device_type == "cuda" else "fp32"
         return chosen
+
+    @property
+    def is_colocated(self) -> bool:
+        """Whether engines and trainer take turns on the same devices."""
+        return bool(self.runtime_args.colocation)
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens in any one context, training or evaluation."""
+        return max(self.train_budget().context_tokens, self.eval_budget().context_tokens)
+
+    @property
+    def publish_method(self) -> Literal["tensor", "collective", "disk"]:
+        """``models.policy.publish``, decided."""
+        models = self.models
+        if models.policy.publish != "auto":
+            return models.policy.publish
+        on_cpus = not models.policy.num_gpu and not models.policy_trainer.num_gpu
+        return "tensor" if self.is_colocated or on_cpus else "collective"
 
     def train_sampling(self) -> SamplingParams:
         """How training rollouts sample."""

@@ -2,6 +2,7 @@
 
 {output_dir}/{exp_name}/{YYYYmmdd-HHMMSS}/     `latest` beside it links to the newest
   config.yaml   run.log   metrics.jsonl   tensorboard/
+  logs/         engine_0.log, ...: one a server that the run started
   rollouts/episode_000001.jsonl
   checkpoints/episode_000010/{hf/, state/}
   lock          held by the process that writes
@@ -21,7 +22,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import yaml
 
@@ -40,6 +41,34 @@ logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"(\d{8}-\d{6})(?:-(\d+))?")
 _ROLLOUT_FILE = re.compile(r"[a-z_]+_(\d{6,})\.jsonl(\.zst)?")
+
+
+class Owner(NamedTuple):
+    """The process that writes a run folder."""
+
+    pid: int
+    host: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+def running(folder: Path) -> dict[Path, Owner | None]:
+    """The runs in or below ``folder`` that a process is writing right now, and which one."""
+    found = {}
+    locks = [path for depth in ("lock", "*/lock", "*/*/lock") for path in folder.glob(depth)]
+    for path in sorted({lock.resolve() for lock in locks}):
+        with path.open("r", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                found[path.parent] = _owner(file.read())
+    return found
+
+
+def _owner(text: str) -> Owner | None:
+    match = re.fullmatch(r"(\d+) on (\S+)\s*", text)
+    return Owner(int(match[1]), match[2]) if match else None
 
 
 class RunFolder:
@@ -105,6 +134,11 @@ class RunFolder:
     @property
     def log_file(self) -> Path:
         return self.path / "run.log"
+
+    @property
+    def logs(self) -> Path:
+        """Logs of the processes that this run starts, its engines for instance."""
+        return self.path / "logs"
 
     @property
     def tensorboard(self) -> Path:

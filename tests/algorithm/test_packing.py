@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatlearn.algorithm.packing import collate, pack
+from chatlearn.algorithm.packing import collate, cost, pack
 from chatlearn.errors import TrainerError
 from chatlearn.types import Sample
 
@@ -90,3 +90,82 @@ def test_collate_keeps_the_order():
     batch = collate([sample(2, first=5), sample(3, first=1)], denominator=7.0)
     assert batch.token_ids.tolist() == [5, 6, 1, 2, 3]
     assert batch.denominator == 7.0
+
+
+def test_two_ranks_by_hand():
+    """
+    rows 9 8 5 4 2 1, room 20      first fit   [9 8 2 1] [5 4]      20 and 9 tokens
+                                   balanced    [8 5 2] [9 4 1]      15 and 14
+    """
+    rows = [*map(sample, (2, 5, 9, 4, 8)), sample(1, trained=0)]
+    batches = pack(rows, max_tokens=20, ranks=2)
+    assert [batch.cu_seqlens.diff().tolist() for batch in batches] == [[8, 5, 2], [9, 4, 1]]
+    assert {batch.denominator for batch in batches} == {5.0}
+
+
+def test_turns_go_back_and_forth():
+    """The rank that has the longest row of the first turn has the shortest of the second."""
+    batches = pack([sample(n) for n in (10, 9, 8, 7)], max_tokens=10, ranks=2)
+    assert [len(batch.token_ids) for batch in batches] == [10, 9, 7, 8]
+
+
+def test_ranks_without_a_row_get_one_that_trains_nothing():
+    batches = pack([sample(6, 2, first=10)], max_tokens=8, ranks=3)
+    assert [batch.token_ids.tolist() for batch in batches[1:]] == [[10, 11], [10, 11]]
+    assert not any(batch.loss_mask.any() for batch in batches[1:])
+    assert {batch.denominator for batch in batches} == {2.0}
+    assert pack([], max_tokens=8, ranks=2) == []
+
+
+ROWS = st.lists(st.tuples(st.integers(2, 60), st.floats(0.25, 2.0)), min_size=1, max_size=40)
+
+
+def rows_of(batches):
+    return sorted(
+        tuple(batch.token_ids[a:b].tolist())
+        for batch in batches
+        for a, b in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)
+        if batch.loss_mask[a:b].any()
+    )
+
+
+@given(ROWS, st.integers(60, 200), st.integers(2, 9))
+def test_any_number_of_ranks_shares_all_rows(shapes, limit, ranks):
+    samples = [
+        sample(n, n - 1, weight=w, first=100 * i) for i, (n, w) in enumerate(shapes, start=1)
+    ]
+    batches = pack(samples, limit, ranks=ranks)
+    assert len({len(batches[r::ranks]) for r in range(ranks)}) == 1
+    assert all(len(batch.token_ids) <= limit for batch in batches)
+    assert rows_of(batches) == sorted(tuple(s.token_ids) for s in samples)
+    [denominator] = {batch.denominator for batch in batches}
+    assert denominator == pack(samples, limit)[0].denominator
+    again = pack(samples, limit, ranks=ranks)
+    assert [b.token_ids.tolist() for b in again] == [b.token_ids.tolist() for b in batches]
+    fewest = len(pack(samples, limit))
+    assert len(batches) < 2 * fewest + 2 * ranks
+
+
+@given(st.lists(st.integers(2, 20_000), min_size=1, max_size=60), st.integers(2, 8))
+def test_ranks_differ_by_one_row_at_most(lengths, ranks):
+    """Where the limit leaves room to choose; long rows weigh more than their tokens."""
+    samples = [sample(n) for n in lengths]
+    batches = pack(samples, max_tokens=10**6, ranks=ranks)
+    dearest = max(map(cost, samples))
+
+    def work(batches):
+        rows = (n for b in batches for n in b.cu_seqlens.diff().tolist() if b.loss_mask.any())
+        return sum(cost(sample(n)) for n in rows)
+
+    totals = [work(batches[r::ranks]) for r in range(ranks)]
+    assert max(totals) - min(totals) <= dearest + 1e-6
+    for turn in range(0, len(batches), ranks):
+        costs = [work([batch]) for batch in batches[turn : turn + ranks]]
+        assert max(costs) - min(costs) <= dearest + 1e-6
+
+
+@given(ROWS, st.integers(60, 200))
+def test_one_rank_is_packed_as_ever(shapes, limit):
+    samples = [sample(n, first=100 * i) for i, (n, _) in enumerate(shapes)]
+    one, plain = pack(samples, limit, ranks=1), pack(samples, limit)
+    assert [b.token_ids.tolist() for b in one] == [b.token_ids.tolist() for b in plain]

@@ -13,6 +13,7 @@ from chatlearn.config.yaml_file import dump_yaml, parse_yaml, read_yaml
 from chatlearn.errors import ConfigError
 
 TEMPLATES = sorted((Path(__file__).parents[2] / "template").glob("*.yaml"))
+GRPO_FSDP = Path(__file__).parents[2] / "template" / "grpo_fsdp.yaml"
 REQUIRED = ["runtime_args.data_path=train.json", "models.policy_trainer.load=some/model"]
 
 
@@ -30,7 +31,48 @@ def test_every_template_needs_two_keys_more(template: Path) -> None:
 
 
 def test_there_are_templates() -> None:
-    assert "local_cpu.yaml" in [path.name for path in TEMPLATES]
+    assert {"local_cpu.yaml", "grpo_fsdp.yaml"} <= {path.name for path in TEMPLATES}
+
+
+def test_the_cluster_template_is_what_chatlearn_users_expect() -> None:
+    config = load_config(GRPO_FSDP, REQUIRED)
+    run, policy, trainer = config.runtime_args, config.models.policy, config.models.policy_trainer
+    assert (run.cluster, run.rollout_backend, run.train_backend) == ("ray", "sglang", "fsdp")
+    assert run.colocation == ("policy", "policy_trainer", "ref_policy")
+    assert (policy.num_gpu, policy.num_engine, trainer.num_gpu, trainer.num_rank) == (8, 8, 8, 8)
+    assert (run.sample_per_episode, run.steps_per_episode, config.prompts_per_episode) == (
+        (2048, 1, 64)
+    )
+    assert config.publish_method == "tensor"
+
+
+def test_the_cluster_template_goes_without_gpus_and_apart() -> None:
+    """The reference follows the trainer, so two keys are enough either way."""
+    no_gpu = ["models.policy.num_gpu=0", "models.policy_trainer.num_gpu=0"]
+    config = load_config(GRPO_FSDP, [*REQUIRED, *no_gpu, "models.policy_trainer.kl_coef=0.1"])
+    assert (config.models.policy.num_engine, config.models.policy_trainer.num_rank) == (1, 1)
+    assert config.models.ref_policy.num_gpu == 0
+    apart = ["models.policy.num_gpu=6", "models.policy_trainer.num_gpu=2"]
+    config = load_config(GRPO_FSDP, [*REQUIRED, *apart, "runtime_args.colocation=[]"])
+    assert (config.is_colocated, config.publish_method) == (False, "collective")
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "models.policy.sglang_args={attention_backend: fa3, log_requests: true}",
+        "models.policy={sglang_args: {attention_backend: fa3, log_requests: true}}",
+    ],
+)
+def test_flags_of_the_server_are_one_value(spelling: str, tmp_path: Path) -> None:
+    """A mapping that is a value, among mappings that are sections."""
+    flags = {"attention_backend": "fa3", "log_requests": True}
+    config = load_config(GRPO_FSDP, [*REQUIRED, spelling])
+    assert dict(config.models.policy.sglang_args) == flags
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(config))
+    assert load_config(file, []) == config
+    assert "sglang_args" in refused("models.policy.sglang_args={attention_backend: [fa3]}")
 
 
 def test_defaults_then_file_then_overrides(tmp_path: Path) -> None:
@@ -85,9 +127,10 @@ def test_references_are_resolved_after_overrides(tmp_path: Path) -> None:
     assert config.models.policy.max_seq_len == 8192
 
 
-def test_a_dumped_configuration_loads_equal(tmp_path: Path) -> None:
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)
+def test_a_dumped_configuration_loads_equal(template: Path, tmp_path: Path) -> None:
     config = load_config(
-        TEMPLATES[0],
+        template,
         [*REQUIRED, "runtime_args.exp_name='1e5'", "runtime_args.log_args_dict.wandb_id='on'"],
     )
     file = tmp_path / "config.yaml"
@@ -113,11 +156,20 @@ BAD_OVERRIDES = [
     ("models.policy=3", "models.policy = 3: is a section", "models.policy.load=…"),
     # ChatLearn's keys that are not here
     ("runtime_args.num_inference_per_prompt=8", "set models.policy.num_inference_per_prompt"),
-    ("runtime_args.raw_chat=true", "runtime_args.raw_chat = true:", "leave it out"),
-    ("models.policy_trainer.packing=true", "max_token_in_packing"),
-    ("models.ref_policy.free_gpu_memory.offload_weights=true", "leave it out"),
+    ("runtime_args.concurrent_setup=true", "placement follows", "leave it out"),
+    ("models.policy.packing=true", "max_token_in_packing"),
+    ("models.policy.free_gpu_memory.offload_weights=true", "leave it out"),
+    ("models.ref_policy.num_cpu=2", "placement follows", "leave it out"),
+    (
+        "models.rollout_manager.max_concurrent_per_engine=192",
+        "set models.policy.max_concurrent_requests",
+    ),
+    ("models.rollout_manager.use_dynamic_load_blance=true", "the least to do", "leave it out"),
+    ("models.policy_trainer.bf16=true", "set models.policy_trainer.precision"),
+    ("models.policy_trainer.use_expandable_segments=true", "PYTORCH_CUDA_ALLOC_CONF"),
     ("models.reward.num_cpu=2", "leave the section out"),
     ("env_args.pip=[]", "env_args.pip = []", "leave the section out"),
+    ("env_args.working_dir=.", 'env_args.working_dir = "."', "set runtime_args.working_dir"),
     # spelled wrongly
     ("runtime_args.seed", "runtime_args.seed: has no '='", "key=value"),
     ("runtime_args.seed=", "runtime_args.seed=: has no value", "null"),

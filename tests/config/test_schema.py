@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pydantic
 import pytest
 
@@ -36,6 +38,8 @@ def test_nothing_can_be_written() -> None:
     ):
         with pytest.raises(pydantic.ValidationError, match="frozen"):
             setattr(section, name, 1)
+    with pytest.raises(TypeError):
+        config.models.policy.sglang_args["attention_backend"] = "fa3"
     assert hash(config) == hash(load())
 
 
@@ -53,6 +57,19 @@ def test_the_manual_is_current() -> None:
     current = MANUAL.read_text(encoding="utf-8") == manual()
     assert current, "run: python -m chatlearn.config.manual --write"
     assert all(f"| `{key.rpartition('.')[2]}` |" in manual() for key in keys())
+
+
+def test_the_manual_spells_every_type() -> None:
+    """A value that cannot be null is never spelled as null, whatever its type."""
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \| ", manual(), re.M))
+    assert rows["sglang_args"] == "`{name: value, …}`"
+    assert rows["colocation"] == "list out of `policy`, `policy_trainer`, `ref_policy`"
+    assert rows["import_modules"] == "list of text"
+    assert rows["rl_on_policy_target"] == "`fsdp` or `null`"
+    assert rows["gpu_memory_utilization"] == "number, > 0, ≤ 1"
+    assert "`null`" not in rows.values()
+    for section in ("models.policy_trainer.free_gpu_memory", "models.ref_policy.free_gpu_memory"):
+        assert re.search(rf"## `{section}`\n\n.*\n\n\| key .*\n.*\n\| `offload_weights` ", manual())
 
 
 def test_numbers_that_follow() -> None:
@@ -126,10 +143,22 @@ def test_precision_follows_the_device() -> None:
 
 
 def test_what_chatlearn_users_write_is_accepted() -> None:
+    """The tutorial's switches, and what the agentic launcher sets beside them."""
     load(
         "runtime_args.task_type=agent",
+        "runtime_args.rollout_backend=sglang",
         "runtime_args.use_rollout_manager=True",
         "models.policy.is_sync_mode=False",
+        "runtime_args.train_backend=fsdp",
+        "runtime_args.data_rerank=False",
+        "runtime_args.raw_chat=true",
+        "models.policy_trainer.packing=True",
+        "models.policy_trainer.free_gpu_memory.offload_weights=True",
+        "models.policy_trainer.free_gpu_memory.free_grad_buffers=True",
+        "models.policy_trainer.free_gpu_memory.offload_optimizer_states=True",
+        "models.ref_policy.free_gpu_memory.offload_weights=True",
+        "models.rollout_manager.num_cpu=1",
+        "models.rollout_manager.cpu_per_process=1",
     )
 
 
@@ -139,6 +168,44 @@ ONE_GPU = [f"models.{name}.num_gpu=1" for name in ("policy", "policy_trainer", "
 def test_one_gpu_is_accepted() -> None:
     load(*ONE_GPU, "models.policy_trainer.kl_coef=0.1")
     load(*ONE_GPU[:2])
+
+
+RAY = ["runtime_args.cluster=ray", "runtime_args.rollout_backend=sglang"]
+GPUS = ["models.policy.num_gpu=4", "models.policy_trainer.num_gpu=4"]
+COLOCATED = [*RAY, *GPUS, "runtime_args.colocation=[policy, policy_trainer, ref_policy]"]
+
+
+def test_processes_that_follow() -> None:
+    config = load(
+        *RAY,
+        *GPUS,
+        "models.policy.tensor_model_parallel_size=2",
+        "models.rollout_manager.num_cpu=8",
+    )
+    models = config.models
+    assert (models.policy.num_engine, models.policy_trainer.num_rank) == (2, 4)
+    assert models.rollout_manager.num_worker == 8
+    models = load(
+        *RAY,
+        "models.policy.num_cpu=4",
+        "models.policy.cpu_per_process=2",
+        "models.policy_trainer.num_cpu=3",
+    ).models
+    assert (models.policy.num_engine, models.policy_trainer.num_rank) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "method"),
+    [
+        (RAY, "tensor"),
+        ([*RAY, *GPUS], "collective"),
+        (COLOCATED, "tensor"),
+        ([*COLOCATED, "models.policy.publish=disk"], "disk"),
+        ([*RAY, "models.policy.publish=collective"], "collective"),
+    ],
+)
+def test_how_weights_are_published(overrides: list[str], method: str) -> None:
+    assert load(*overrides).publish_method == method
 
 
 CONTRADICTIONS = [
@@ -202,18 +269,78 @@ CONTRADICTIONS = [
     ),
     (
         ["models.policy.num_gpu=2", "models.policy_trainer.num_gpu=2"],
-        ["models.policy.num_gpu = 2", "cluster = local", "to 1, or to 0"],
+        ["models.policy.num_gpu = 2", "cluster = local", "to 1, to 0 for the CPU", "cluster=ray"],
     ),
     (
         ["models.policy.tensor_model_parallel_size=2"],
         ["tensor_model_parallel_size = 2", "embedded"],
     ),
     (["models.policy.load=other"], ["models.policy.load = other", "trainer.load = some/model"]),
-    (["runtime_args.cluster=ray"], ["cluster = ray", "only runtime_args.cluster=local"]),
-    (["runtime_args.rollout_backend=sglang"], ["rollout_backend = sglang", "=embedded"]),
+    # clusters
+    (
+        ["runtime_args.cluster=ray"],
+        ["cluster = ray", "rollout_backend = embedded", "rollout_backend=sglang", "cluster=local"],
+    ),
+    (
+        [*RAY, "models.policy.num_gpu=8"],
+        ["models.policy.num_gpu = 8", "policy_trainer.num_gpu = 0", "both above 0, or both to 0"],
+    ),
+    (
+        [*RAY, *GPUS, "models.policy.publish=tensor"],
+        ["models.policy.publish = tensor", "colocation", "auto, collective or disk"],
+    ),
+    (
+        [*RAY, *GPUS, "models.policy.tensor_model_parallel_size=3"],
+        ["models.policy.num_gpu = 4", "tensor_model_parallel_size = 3", "takes 3 GPUs"],
+    ),
+    (
+        [*RAY, "models.policy.num_cpu=3", "models.policy.cpu_per_process=2"],
+        ["models.policy.num_cpu = 3", "models.policy.cpu_per_process = 2", "change one of them"],
+    ),
+    (
+        [*RAY, "models.policy_trainer.num_cpu=3", "models.policy_trainer.cpu_per_process=2"],
+        ["policy_trainer.num_cpu = 3", "cpu_per_process = 2", "change one of them"],
+    ),
+    (
+        ["models.rollout_manager.num_cpu=3", "models.rollout_manager.cpu_per_process=2"],
+        ["rollout_manager.num_cpu = 3", "cpu_per_process = 2", "change one of them"],
+    ),
+    (
+        [*RAY, *GPUS, "runtime_args.colocation=[policy]"],
+        ["colocation = [policy]", "set it to [policy, policy_trainer, ref_policy]"],
+    ),
+    (
+        [*COLOCATED, "models.policy.num_gpu=8"],
+        ["models.policy.num_gpu = 8", "policy_trainer.num_gpu = 4", "colocation", "same number"],
+    ),
+    (
+        [*COLOCATED, "runtime_args.max_staleness=1"],
+        ["max_staleness = 1", "colocation", "set max_staleness=0"],
+    ),
+    (
+        [*COLOCATED, "models.policy.publish=collective"],
+        ["models.policy.publish = collective", "two ranks", "models.policy.publish=tensor"],
+    ),
+    (
+        [*COLOCATED, "models.policy_trainer.kl_coef=0.1"],
+        ["models.ref_policy.num_gpu = 0", "models.policy_trainer.num_gpu = 4", "same number"],
+    ),
 ]
 
 BAD_VALUES = [
+    ("runtime_args.raw_chat=false", "raw_chat = false", "must be true", "chat messages"),
+    ("runtime_args.data_rerank=true", "data_rerank = true", "must be false", "one group"),
+    ("runtime_args.train_backend=megatron", 'train_backend = "megatron"', "no Megatron trainer"),
+    ("runtime_args.cluster=slurm", 'cluster = "slurm"', "'local' or 'ray'"),
+    ("runtime_args.colocation=[policy, reward]", "colocation", "'policy_trainer'"),
+    ("models.policy_trainer.packing=false", "packing = false", "must be true"),
+    ("models.policy_trainer.attention=fa2", 'attention = "fa2"', "'flash', 'flex'"),
+    ("models.policy.publish=nccl", 'publish = "nccl"', "'collective'"),
+    ("models.policy.pause_mode=stop", 'pause_mode = "stop"', "'retract'"),
+    ("models.policy.gpu_memory_utilization=85", "gpu_memory_utilization = 85", "less than"),
+    ("models.policy.num_cpu=0", "num_cpu = 0", "greater than or equal to 1"),
+    ("models.policy.publish_bucket_mb=0", "publish_bucket_mb = 0", "greater than or equal to 1"),
+    ("models.policy.sglang_args=3", "sglang_args = 3", "must be"),
     ("runtime_args.task_type=chat", 'task_type = "chat"', "agent of one model call"),
     ("runtime_args.use_rollout_manager=false", "use_rollout_manager = false", "must be true"),
     ("models.policy.is_sync_mode=true", "is_sync_mode = true", "no synchronous mode"),

@@ -4,16 +4,17 @@ A packed row [1, T] holds N segments. A mask over it costs T² memory; a call pe
 launches per layer. Here segments of similar length form a bucket, which is gathered to
 [n, heads, L, dim] with right padding, attended with ``is_causal`` (a real token never looks right,
 so the padding needs no mask) and scattered back. What is gathered where depends on the lengths
-only, so it is worked out once per micro-batch and used by every layer.
+only, so it is worked out once per micro-batch and used by every layer: it is a ``Plan``. Kernels
+that take segments as they are have plans of their own (``kernels.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -27,6 +28,37 @@ from chatlearn.errors import TrainerError
 PACKED = "chatlearn_packed"
 _FILL = 0.75
 """The shortest segment of a bucket fills at least this much of its longest."""
+
+
+class Plan(Protocol):
+    """How the segments of one packed row are attended; every layer uses it."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Causal attention inside each segment.
+
+        Args:
+            query: [1, heads, T, dim]
+            key: [1, kv_heads, T, dim]; kv_heads divides heads.
+            value: [1, kv_heads, T, dim]
+            scaling: of the scores; None is ``dim ** -0.5``.
+            window: how many tokens back a token sees, itself included; None is all.
+
+        Returns:
+            [1, T, heads, dim]
+        """
+        ...
+
+
+Planner = Callable[[Sequence[int], "torch.device | str"], Plan]
+"""Bounds ``cu_seqlens`` and a device into a plan; ``Segments.of`` is the one that always works."""
 
 
 @dataclass(slots=True)
@@ -93,6 +125,35 @@ class Segments:
             buckets.append(Bucket(len(group), longest, where))
         return cls(buckets, None if in_place else torch.tensor(inverse).to(device))
 
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """One call of PyTorch's attention a bucket; see ``Plan``."""
+        outputs = []
+        for bucket in self.buckets:
+            q, k, v = bucket.gather(query), bucket.gather(key), bucket.gather(value)
+            mask = bucket.mask(window, query.device)
+            out = scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                mask,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=k.shape[1] != q.shape[1],
+            )
+            outputs.append(out.transpose(1, 2).flatten(0, 1))
+        rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if self.inverse is not None:
+            rows = rows.index_select(0, self.inverse)
+        return rows.unsqueeze(0)
+
 
 def packed_attention(
     module: nn.Module,
@@ -102,7 +163,7 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    segments: Segments | None = None,
+    segments: Plan | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -128,24 +189,7 @@ def packed_attention(
             f"{type(module).__name__} uses {unknown[0]} in its attention, which packed training "
             "cannot compute. Train a model without it."
         )
-    outputs = []
-    for bucket in segments.buckets:
-        q, k, v = bucket.gather(query), bucket.gather(key), bucket.gather(value)
-        mask = bucket.mask(sliding_window, query.device)
-        out = scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            mask,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=k.shape[1] != q.shape[1],
-        )
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    if segments.inverse is not None:
-        rows = rows.index_select(0, segments.inverse)
-    return rows.unsqueeze(0), None
+    return segments.attend(query, key, value, scaling=scaling, window=sliding_window), None
 
 
 AttentionInterface.register(PACKED, packed_attention)
@@ -167,7 +211,7 @@ def attending_packed(config: PretrainedConfig) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def body_inputs(position_ids: torch.Tensor, segments: Segments) -> dict[str, Any]:
+def body_inputs(position_ids: torch.Tensor, segments: Plan) -> dict[str, Any]:
     """The keyword arguments, beside the tokens, that make a decoder body attend in ``segments``.
 
     A mask that has four dimensions is passed on as it is, so transformers builds none.

@@ -20,10 +20,12 @@ from chatlearn.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_TENSORS = "trainer.safetensors"
-_NUMBERS = "trainer.json"
+TENSORS = "trainer.safetensors"
+NUMBERS = "trainer.json"
+_SHARDS = ".metadata"
+"""Of ``torch.distributed.checkpoint``: the sharded trainer's ``state/`` has it."""
 _RNG = "rng."
-_REMEDY = (
+REMEDY = (
     "Restore from another checkpoint, or start a new run from the hf/ folder beside it "
     "(models.policy_trainer.load)."
 )
@@ -53,8 +55,8 @@ def save_state(folder: Path, tensors: Mapping[str, torch.Tensor], updates: int) 
     everything |= _rng_states()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(everything, folder / _TENSORS)
-        (folder / _NUMBERS).write_text(json.dumps({"updates": updates}) + "\n")
+        save_file(everything, folder / TENSORS)
+        (folder / NUMBERS).write_text(json.dumps({"updates": updates}) + "\n")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"Cannot write the trainer's state to {folder}: {error}") from error
 
@@ -71,31 +73,48 @@ def load_state(
     Raises:
         CheckpointError: a file is missing or damaged, or is of another model.
     """
-    path = folder / _TENSORS
-    for file in (path, folder / _NUMBERS):
+    path = folder / TENSORS
+    if (folder / _SHARDS).is_file():
+        raise CheckpointError(
+            f"{folder} was written by sharded ranks (runtime_args.cluster=ray), and a trainer of "
+            f"one process (runtime_args.cluster=local) cannot read it. Set runtime_args.cluster to "
+            "ray, or start a new run from the hf/ folder beside it (models.policy_trainer.load)."
+        )
+    for file in (path, folder / NUMBERS):
         if not file.is_file():
-            raise CheckpointError(f"The checkpoint is incomplete: {file} is missing. {_REMEDY}")
+            raise CheckpointError(f"The checkpoint is incomplete: {file} is missing. {REMEDY}")
     try:
         tensors = load_file(path)
-        updates = int(json.loads((folder / _NUMBERS).read_text())["updates"])
+        updates = int(json.loads((folder / NUMBERS).read_text())["updates"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}. {_REMEDY}") from error
-    saved = {name for name in tensors if name.startswith("master.")}
-    odd = sorted(saved ^ masters.keys())
+        raise CheckpointError(f"{folder} cannot be read: {error}. {REMEDY}") from error
+    saved = {name: tensor.shape for name, tensor in tensors.items()}
+    refuse_other_model(path, saved, {name: master.shape for name, master in masters.items()})
+    _set_rng_states({n: tensors.pop(n) for n in list(tensors) if n.startswith(_RNG)})
+    return tensors, updates
+
+
+def refuse_other_model(
+    path: Path, saved: Mapping[str, torch.Size], own: Mapping[str, torch.Size]
+) -> None:
+    """Compare the shapes of the ``master.{name}`` tensors of a checkpoint with the trainer's.
+
+    Raises:
+        CheckpointError: a parameter is only on one side, or has another shape; it is named.
+    """
+    odd = sorted({name for name in saved if name.startswith("master.")} ^ own.keys())
     if odd:
         where = "the model" if odd[0] in saved else "the checkpoint"
         raise CheckpointError(
             f"{path} is of another model: {len(odd)} parameters are only on one side, "
-            f"{odd[0].removeprefix('master.')!r} for one is not in {where}. {_REMEDY}"
+            f"{odd[0].removeprefix('master.')!r} for one is not in {where}. {REMEDY}"
         )
-    for name, master in masters.items():
-        if tensors[name].shape != master.shape:
+    for name, shape in own.items():
+        if saved[name] != shape:
             raise CheckpointError(
                 f"{path} is of another model: {name.removeprefix('master.')!r} has shape "
-                f"{list(tensors[name].shape)} there and {list(master.shape)} here. {_REMEDY}"
+                f"{list(saved[name])} there and {list(shape)} here. {REMEDY}"
             )
-    _set_rng_states({n: tensors.pop(n) for n in list(tensors) if n.startswith(_RNG)})
-    return tensors, updates
 
 
 def _rng_states() -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -39,7 +40,7 @@ def load_policy(
     Raises:
         TrainerError: there is no such folder, no config in it, no causal LM, or weights missing.
     """
-    where, options = _source(path)
+    where, options = source(path)
     if "gguf_file" in options:
         options |= _dense_gguf()
     try:
@@ -53,12 +54,7 @@ def load_policy(
         )
     except (OSError, ValueError, ImportError) as error:
         raise TrainerError(f"{path} cannot be loaded as a causal LM: {error}") from error
-    made_as = model.config.architectures or []
-    if any("For" in name and not name.endswith(_CAUSAL) for name in made_as):
-        raise TrainerError(
-            f"{path} is a {', '.join(made_as)}, not a causal LM: it was not trained to continue "
-            f"text. Set {_KEY} to a causal LM."
-        )
+    require_causal(model.config, path)
     missing = sorted(info["missing_keys"])
     if missing:
         raise TrainerError(
@@ -68,13 +64,27 @@ def load_policy(
     return model.to(device).eval()
 
 
+def require_causal(config: PretrainedConfig, path: str | Path) -> None:
+    """Refuse the config of a model that was made for something else than continuing text.
+
+    Raises:
+        TrainerError: its ``architectures`` say so; ``path``, where it came from, is named.
+    """
+    made_as = config.architectures or []
+    if any("For" in name and not name.endswith(_CAUSAL) for name in made_as):
+        raise TrainerError(
+            f"{path} is a {', '.join(made_as)}, not a causal LM: it was not trained to continue "
+            f"text. Set {_KEY} to a causal LM."
+        )
+
+
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to ``path`` (see ``load_policy``).
 
     Raises:
         TrainerError: there is no such folder, or no tokenizer in it.
     """
-    where, options = _source(path)
+    where, options = source(path)
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, ImportError) as error:
@@ -106,8 +116,12 @@ def eos_token_ids(
     return frozenset(int(token) for token in found if token is not None)
 
 
-def _source(path: str | Path) -> tuple[str, dict[str, Any]]:
-    """What ``from_pretrained`` is given for ``path``: a folder or hub id, and a GGUF file in it."""
+def source(path: str | Path) -> tuple[str, dict[str, Any]]:
+    """What ``from_pretrained`` is given for ``path``: a folder or hub id, and a GGUF file in it.
+
+    Raises:
+        TrainerError: there is no such folder, or no whole model in it.
+    """
     here = Path(path).expanduser()
     if here.suffix == ".gguf" and here.is_file():
         return str(here.parent), {"gguf_file": here.name}

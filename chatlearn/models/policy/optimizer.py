@@ -7,6 +7,7 @@ from math import cos, pi
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from chatlearn.errors import TrainerError
 
@@ -62,6 +63,9 @@ class PolicyOptimizer:
     micro-batches are summed in fp32, AdamW moves the masters, and the parameters become their
     rounding. Without masters an update below 1/256 of a weight is lost to rounding.
 
+    Of a sharded parameter (a ``DTensor``, in fp32) the master is this rank's shard itself, in the
+    same memory, so everything here is about ordinary tensors; norms are of this rank's part.
+
     Args:
         model: its trainable parameters are updated, each once however often it is tied.
         weight_decay: of matrices; norms and biases (fewer than two dimensions) have none.
@@ -80,10 +84,7 @@ class PolicyOptimizer:
             raise TrainerError("The policy has no trainable parameter: all of them are frozen.")
         self.names = list(named)
         self.parameters = list(named.values())
-        self.masters = [
-            p if p.dtype == torch.float32 else p.detach().to(torch.float32, copy=True)
-            for p in self.parameters
-        ]
+        self.masters = [_master(p) for p in self.parameters]
         matrices = [m for m in self.masters if m.dim() >= 2]
         vectors = [m for m in self.masters if m.dim() < 2]
         groups = [
@@ -99,10 +100,11 @@ class PolicyOptimizer:
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if parameter is master or parameter.grad is None:
                 continue
+            gradient = local(parameter.grad)
             if master.grad is None:
-                master.grad = parameter.grad.float()
+                master.grad = gradient.float()
             else:
-                master.grad.add_(parameter.grad)
+                master.grad.add_(gradient)
             parameter.grad = None
 
     def gradient_norm(self) -> torch.Tensor:
@@ -129,7 +131,7 @@ class PolicyOptimizer:
     def publish(self) -> None:
         """Round the masters into the parameters."""
         for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if parameter is not master:
+            if parameter is not master and not isinstance(parameter, DTensor):
                 parameter.copy_(master)
 
     def discard(self) -> None:
@@ -141,6 +143,11 @@ class PolicyOptimizer:
         """Names of the parameters whose gradient of this step is not finite; syncs the device."""
         pairs = zip(self.names, self.masters, strict=True)
         return [n for n, m in pairs if m.grad is not None and not m.grad.isfinite().all()]
+
+    def moments(self) -> list[torch.Tensor]:
+        """Running means of the gradients and their squares; none before the first update."""
+        keys = ("exp_avg", "exp_avg_sq")
+        return [state[key] for state in self.adamw.state.values() for key in keys if key in state]
 
     def state(self) -> dict[str, torch.Tensor]:
         """Masters and moments, named ``master.{name}``, ``exp_avg.{name}``, ``exp_avg_sq.{name}``
@@ -164,3 +171,14 @@ class PolicyOptimizer:
                 self.adamw.state[master] = {k: v.to(master.device) for k, v in moments.items()}
         self.publish()
         self.discard()
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of ``tensor``, in the same memory; ``tensor`` itself where it has none."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _master(parameter: nn.Parameter) -> torch.Tensor:
+    if parameter.dtype == torch.float32:
+        return local(parameter)
+    return parameter.detach().to(torch.float32, copy=True)

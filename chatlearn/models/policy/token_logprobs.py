@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from chatlearn.errors import TrainerError
-from chatlearn.models.policy.attention import Segments, body_inputs
+from chatlearn.models.policy.attention import Plan, Planner, Segments, body_inputs
 
 _LOGITS_AT_ONCE = 2**26
 """Most fp32 logits that live at once (256 MiB): rows of a piece times vocabulary."""
@@ -40,13 +40,15 @@ class PolicyForward:
     Args:
         model: anything transformers loads as a causal LM whose logits are a linear head on the
             output of a decoder body, perhaps scaled or soft-capped by its config.
+        planner: makes the plan of a packed row's attention.
 
     Raises:
         TrainerError: the body or the head cannot be found.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, planner: Planner = Segments.of) -> None:
         self.model = model
+        self.planner = planner
         self.body = model.get_decoder()
         self.head = model.get_output_embeddings()
         name = type(model).__name__
@@ -71,7 +73,7 @@ class PolicyForward:
         self,
         token_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        segments: Segments,
+        segments: Plan,
         chosen: torch.Tensor,
         *,
         temperature: float,
@@ -100,7 +102,7 @@ class PolicyForward:
         return TokenLogprobs(logprobs, torch.cat([p[1] for p in parts]) if entropy else None)
 
     def hidden(
-        self, token_ids: torch.Tensor, position_ids: torch.Tensor, segments: Segments
+        self, token_ids: torch.Tensor, position_ids: torch.Tensor, segments: Plan
     ) -> torch.Tensor:
         """The body's last hidden states. [T] -> [T, hidden]"""
         inputs: dict[str, Any] = body_inputs(position_ids, segments)
@@ -145,7 +147,7 @@ class PolicyForward:
         row = [(3 + 7 * i) % vocabulary for i in range(sum(_PROBE))]
         ids = torch.tensor(row, device=device)
         positions = torch.cat([torch.arange(n, device=device) for n in _PROBE])
-        segments = Segments.of([0, _PROBE[0], sum(_PROBE)], device)
+        segments = self.planner([0, _PROBE[0], sum(_PROBE)], device)
         with torch.no_grad():
             parts = [part.unsqueeze(0) for part in ids.split(list(_PROBE))]
             own = [self.model(part, use_cache=False).logits[0] for part in parts]

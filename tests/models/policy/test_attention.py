@@ -18,6 +18,8 @@ from chatlearn.models.policy.attention import (
     body_inputs,
     packed_attention,
 )
+from chatlearn.models.policy.attention_kernels import FlashPlan, FlexPlan, find_planner
+from chatlearn.models.policy.settings import TrainerSettings
 
 SHAPE = {
     "vocab_size": 40,
@@ -142,3 +144,55 @@ def test_attention_that_is_more_than_a_softmax_is_refused():
             segments=Segments.of([0, 3], "cpu"),
             softcap=30.0,
         )
+
+
+@pytest.mark.parametrize("lengths", [(7, 1, 12), (100, 200, 3), (127, 130), (128, 128, 5)])
+@pytest.mark.parametrize("window", [None, 2, 140])
+@pytest.mark.filterwarnings("ignore")
+def test_flex_blocks_hold_every_pair_that_is_seen(lengths, window):
+    """FlexAttention runs on a CPU too, forward only; its blocks are made from the bounds."""
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    torch.manual_seed(0)
+    cu, total = bounds(lengths), sum(lengths)
+    q, k, v = torch.randn(1, 4, total, 8), *torch.randn(2, 1, 2, total, 8)
+    plan = FlexPlan.of(cu, "cpu")
+    got = plan.attend(q, k, v, scaling=0.3, window=window)
+    expected = Segments.of(cu, "cpu").attend(q, k, v, scaling=0.3, window=window)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    mask = plan.mask(window)
+    whole = flex.create_block_mask(mask.mask_mod, None, None, total, total, device="cpu")
+    assert torch.equal(mask.to_dense(), whole.to_dense())
+
+
+def test_flash_is_given_what_its_signature_asks():
+    """A kernel of the same signature, computed by the buckets: shapes, bounds, window."""
+    seen = {}
+
+    def varlen(q, k, v, **options):
+        seen.update(options)
+        window = options["window_size"][0] + 1 or None
+        states = (states.transpose(0, 1).unsqueeze(0) for states in (q, k, v))
+        plan = Segments.of(options["cu_seqlens_q"].tolist(), "cpu")
+        return plan.attend(*states, scaling=options["softmax_scale"], window=window)[0]
+
+    cu = bounds([7, 1, 12])
+    q, k, v = torch.randn(1, 4, 20, 8), *torch.randn(2, 1, 2, 20, 8)
+    for window in (None, 4):
+        got = FlashPlan.of(varlen, cu, "cpu").attend(q, k, v, scaling=None, window=window)
+        expected = Segments.of(cu, "cpu").attend(q, k, v, scaling=None, window=window)
+        torch.testing.assert_close(got, expected)
+    assert seen["window_size"] == (3, 0)
+    assert seen["max_seqlen_q"] == seen["max_seqlen_k"] == 12
+    assert seen["cu_seqlens_k"].dtype == torch.int32
+    assert seen["causal"] is True
+
+
+def test_a_kernel_that_is_not_there_is_refused_only_where_it_was_asked_for():
+    cpu, config = torch.device("cpu"), LlamaConfig(**SHAPE)
+    for word in ("auto", "sdpa"):
+        assert find_planner(word, cpu, torch.float32, config) == Segments.of
+    for word in ("flash", "flex"):
+        with pytest.raises(TrainerError, match=rf"attention is '{word}', a kernel for CUDA"):
+            find_planner(word, cpu, torch.float32, config)
+    with pytest.raises(TrainerError, match=r"one of \['auto', 'flash', 'flex', 'sdpa'\]"):
+        TrainerSettings(attention="xformers")

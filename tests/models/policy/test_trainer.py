@@ -200,7 +200,7 @@ def test_metrics_by_hand():
 
 
 def test_logprobs_are_of_each_token_in_order(monkeypatch):
-    monkeypatch.setattr("chatlearn.models.policy.trainer._SCORED_AT_ONCE", 25)
+    monkeypatch.setattr("chatlearn.models.policy.step._SCORED_AT_ONCE", 25)
     model, rows = tiny(), [*samples(7), Sample([5], [False], [0.0], [0.0])]
     got = asyncio.run(trainer(model).logprobs(rows, 0.7))
     for row, logprobs in zip(rows, got, strict=True):
@@ -359,7 +359,10 @@ def test_the_model_is_left_as_the_engine_knows_it():
     step(policy, pack(samples(), 40))
     assert before == (model.config._attn_implementation, [m.training for m in model.modules()])
     assert not any(before[1])
-    names = [name for name, _ in asyncio.run(policy.weights())]
+    weights = asyncio.run(policy.weights())
+    names = [name for name, _ in weights]
+    assert names == [name for name, _ in weights]  # as often as they are asked for
+    assert policy.ranks == 1
     assert "model.embed_tokens.weight" in names
     assert "lm_head.weight" not in names  # tied: once
 

@@ -1,0 +1,73 @@
+"""The configuration as each room wants it: plain settings, without the tree."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from chatlearn.config import GrpoConfig
+from chatlearn.models.engine.sglang import SGLangEngine
+from chatlearn.models.engine.sglang_server import ServerSettings
+from chatlearn.models.policy.trainer import TrainerSettings
+
+
+def trainer_settings(cfg: GrpoConfig, precision: str) -> TrainerSettings:
+    """How the policy is updated."""
+    trainer = cfg.models.policy_trainer
+    optimizer = trainer.optimizer
+    return TrainerSettings(
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        betas=(optimizer.adam_beta1, optimizer.adam_beta2),
+        clip_grad=optimizer.clip_grad,
+        lr_schedule=optimizer.lr_schedule,
+        warmup_steps=optimizer.warmup_steps,
+        total_steps=cfg.total_steps,
+        kl_coef=trainer.kl_coef,
+        entropy_coef=trainer.entropy_coef,
+        pos_clip_ratio=trainer.pos_clip_ratio,
+        neg_clip_ratio=trainer.neg_clip_ratio,
+        temperature=cfg.models.policy.temperature,
+        gradient_checkpointing=trainer.gradient_checkpointing,
+        precision=precision,
+        attention=trainer.attention,
+    )
+
+
+def server_settings(cfg: GrpoConfig, *, gpu_ids: tuple[int, ...] = ()) -> ServerSettings:
+    """How an SGLang server is started."""
+    policy = cfg.models.policy
+    device = "cuda" if policy.num_gpu else "cpu"
+    return ServerSettings(
+        model_path=cfg.policy_path,
+        python=policy.sglang_python or "",
+        device=device,
+        dtype=cfg.precision(device),
+        context_length=cfg.max_context,
+        max_running_requests=policy.max_concurrent_requests,
+        gpu_ids=gpu_ids,
+        tensor_parallel=policy.tensor_model_parallel_size,
+        mem_fraction_static=policy.gpu_memory_utilization,
+        trust_remote_code=cfg.models.policy_trainer.trust_remote_code,
+        enforce_eager=policy.enforce_eager,
+        memory_saver=cfg.is_colocated and device == "cuda",
+        deterministic=policy.deterministic,
+        rl_on_policy_target=policy.rl_on_policy_target,
+        seed=cfg.runtime_args.seed,
+        extra_args=policy.sglang_args,
+    )
+
+
+def sglang_engines(
+    cfg: GrpoConfig, urls: Sequence[str], eos_token_ids: Collection[int]
+) -> list[SGLangEngine]:
+    """Clients of the servers at ``urls``."""
+    return [
+        SGLangEngine(
+            url,
+            eos_token_ids=eos_token_ids,
+            max_context=cfg.max_context,
+            deterministic=cfg.models.policy.deterministic,
+        )
+        for url in urls
+    ]

@@ -1,0 +1,58 @@
+"""How a policy is updated: the plain values that every trainer takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chatlearn.errors import TrainerError
+from chatlearn.models.policy.attention_kernels import ATTENTIONS
+from chatlearn.models.policy.optimizer import Schedule, dtype_of
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerSettings:
+    """How the policy is updated. Plain values; the configuration is read elsewhere."""
+
+    lr: float = 1e-6
+    min_lr: float = 0.0
+    weight_decay: float = 0.01
+    """Of matrices; norms and biases have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_grad: float = 1.0
+    """Largest L2 norm of the gradient; 0 leaves it as it is."""
+    lr_schedule: str = "constant"
+    """constant, linear or cosine."""
+    warmup_steps: int = 0
+    total_steps: int = 0
+    """Optimizer steps of the whole run; linear and cosine need it."""
+    kl_coef: float = 0.0
+    """Weight of KL(policy ‖ reference); 0 never runs the reference."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus; 0 does not compute it."""
+    pos_clip_ratio: float = 0.2
+    neg_clip_ratio: float = 0.2
+    temperature: float = 1.0
+    """The engine's, of training rollouts."""
+    gradient_checkpointing: bool = False
+    """Keep only the layers' inputs and compute the rest again: less memory, about 1/3 slower."""
+    precision: str = "fp32"
+    """fp32, or bf16: parameters in bf16 with fp32 masters, gradients summed in fp32."""
+    attention: str = "auto"
+    """flash, flex or sdpa; auto takes the first that the machine has, see ``find_planner``."""
+
+    def __post_init__(self) -> None:
+        dtype_of(self.precision)
+        if self.attention not in ATTENTIONS:
+            raise TrainerError(
+                f"attention is {self.attention!r}; it must be one of {list(ATTENTIONS)}. "
+                "Set models.policy_trainer.attention."
+            )
+        if self.temperature <= 0:
+            raise TrainerError(
+                f"temperature is {self.temperature}: greedy rollouts have no gradient. "
+                "Set models.policy.temperature above 0."
+            )
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.lr, self.min_lr, self.lr_schedule, self.warmup_steps, self.total_steps)
