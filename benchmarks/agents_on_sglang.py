@@ -124,6 +124,9 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 def make_model(folder: str) -> list[int]:
     """A random Qwen3 of 3M parameters that samples bytes, and never a special token.
 
+    One layer, because SGLang's attention on a CPU takes the requests of a batch one by one: more
+    layers of the same size only make the server slower, which would flatter the agents.
+
     Channel 0 of the residual stream is 1 from the embedding to the head, because no layer writes
     it; only the rows of special tokens read it, and have a logit of minus some thousands.
 
@@ -148,9 +151,9 @@ def make_model(folder: str) -> list[int]:
     model = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
-            hidden_size=384,
-            intermediate_size=1152,
-            num_hidden_layers=2,
+            hidden_size=512,
+            intermediate_size=1536,
+            num_hidden_layers=1,
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=64,
@@ -264,6 +267,7 @@ def work(
 ) -> None:
     """A rollout worker's process: rounds of ``share``, each on a number of tokens from ``pipe``."""
     logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # connections end with the process
 
     async def main() -> None:
         worker = RolloutWorker(cfg, [url], eos, workers)
@@ -465,9 +469,8 @@ async def compare(
 
     def note(name: str, measured: Round) -> None:
         found.setdefault(name, []).append(measured)
-        print(f"  N={tokens} {name}: {measured}", flush=True)
+        print(f"N={tokens} {name}: {measured}", flush=True)
 
-    await bench.turn(bare)
     for _ in range(repeats):
         beside = (await bench.turn(bare))[0]
         note("raw", beside)

@@ -37,7 +37,7 @@ ALLOWED = {
     "transformers": ("chatlearn.models", "chatlearn.cluster"),
     "langchain_core": ("chatlearn.models.agent",),
     "langgraph": ("chatlearn.models.agent",),
-    "ray": ("chatlearn.cluster.ray",),
+    "ray": ("chatlearn.cluster.ray", "chatlearn.cluster.ray_actors", "chatlearn.cluster.ray_place"),
     "math_verify": ("chatlearn.rewards",),
     "wandb": ("chatlearn.observability",),
 }

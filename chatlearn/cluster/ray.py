@@ -7,8 +7,8 @@
 
 Tokens and weights never pass the driver: agents reach the engines themselves, and ranks send
 weights to them. What dies: an engine and a worker are started again and their rollouts asked anew;
-a rank ends the run, and the same command continues from the last checkpoint. The only file that
-imports ray.
+a rank ends the run, and the same command continues from the last checkpoint. Only the ``ray*.py``
+files of this folder import ray.
 """
 
 from __future__ import annotations
@@ -19,47 +19,40 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from chatlearn.cluster.agents import import_user_code
 from chatlearn.cluster.fleet import SGLangFleet
-from chatlearn.cluster.nodes import Node, RayProcess, answers, free_port
-from chatlearn.cluster.rank import TrainerRank
-from chatlearn.cluster.settings import server_settings, sglang_engines
-from chatlearn.cluster.worker import RolloutWorker
-from chatlearn.config import GrpoConfig
-from chatlearn.errors import ChatLearnError, ConfigError, EngineLost, TrainerError
-from chatlearn.models.engine.sglang_server import ServerSettings, SGLangServer
-from chatlearn.models.policy.weights import Sent
-from chatlearn.types import (
-    Budget,
-    MicroBatch,
-    Outcome,
-    Sample,
-    SamplingParams,
-    Session,
-    Task,
-    Trajectory,
+from chatlearn.cluster.nodes import Node
+from chatlearn.cluster.ray_actors import (
+    RANK,
+    HostActor,
+    RankActor,
+    RemoteHost,
+    RemoteTrainer,
+    WorkerActor,
+    call,
+    gather,
+    original,
 )
+from chatlearn.cluster.ray_place import RaySession
+from chatlearn.cluster.settings import server_settings, sglang_engines
+from chatlearn.config import GrpoConfig
+from chatlearn.errors import ConfigError, EngineError, EngineLost
+from chatlearn.models.policy.weights import Sent
+from chatlearn.types import Budget, Outcome, SamplingParams, Session, Task, Trajectory
 
 logger = logging.getLogger(__name__)
 
-_RANK = "a trainer rank"
-_JOINING_S = 600.0
-"""Seconds until every machine must have joined."""
-_HEAD_S = 60.0
-"""Seconds that the head of several machines may take to answer."""
-_PLACING_S = 120.0
-"""Seconds until missing resources are an error."""
 _MAX_ATTEMPTS = 3
 """Times one run is given to a worker when workers die under it."""
 _RAY_WAIT_S = 60.0
@@ -72,149 +65,6 @@ class _Seat(NamedTuple):
     ip: str
     gpus: tuple[int, ...]
     bundle: int
-
-
-class _Place:
-    """What every actor of this file does first: stand where the driver stands."""
-
-    def __init__(self, folder: str | None, paths: Sequence[str]) -> None:
-        if folder is not None and Path(folder).is_dir():
-            os.chdir(folder)
-        sys.path[:] = [*(p for p in paths if p not in sys.path), *sys.path]
-        logging.basicConfig(
-            level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
-        )
-        for noisy in ("httpx", "httpcore"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
-
-
-class _Rank(_Place):
-    """``TrainerRank`` as an actor."""
-
-    def __init__(self, place: tuple, cfg: GrpoConfig) -> None:
-        super().__init__(*place)
-        self._rank = TrainerRank(cfg)
-
-    def where(self) -> tuple[str, tuple[int, ...], int]:
-        """Address, GPUs and process of this rank."""
-        gpus = tuple(int(gpu) for gpu in ray.get_gpu_ids())
-        return ray.util.get_node_ip_address(), gpus, os.getpid()
-
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """One method of ``TrainerRank``."""
-        return getattr(self._rank, method)(*args, **kwargs)
-
-
-class _Host(_Place):
-    """``SGLangServer`` as an actor; async, so that one call may wait for the server's end."""
-
-    def __init__(self, place: tuple, settings: ServerSettings, log_file: Path) -> None:
-        super().__init__(*place)
-        host = ray.util.get_node_ip_address()
-        gpus = settings.gpu_ids or tuple(int(gpu) for gpu in ray.get_gpu_ids())
-        self._server = SGLangServer(
-            replace(settings, host=host, gpu_ids=gpus), log_file=_here(log_file)
-        )
-
-    async def start(self, timeout_s: float) -> tuple[str, int]:
-        """Start the server; its address and process."""
-        await self._server.start(timeout_s=timeout_s)
-        logger.info("SGLang server %s is pid %d", self._server.url, self._server.pid)
-        return self._server.url, self._server.pid
-
-    async def wait_exit(self) -> int:
-        return await self._server.wait_exit()
-
-    async def stop(self) -> None:
-        await self._server.stop()
-
-
-class _Worker(_Place):
-    """``RolloutWorker`` as an actor; async, so that many agents run in it at once."""
-
-    def __init__(self, place: tuple) -> None:
-        super().__init__(*place)
-        self._worker: RolloutWorker | None = None
-
-    async def load(self, *args: Any) -> int:
-        """Import user code and connect; the process id."""
-        self._worker = RolloutWorker(*args)
-        return os.getpid()
-
-    async def validate(self, tasks: Sequence[Task]) -> list[Task]:
-        return self._worker.validate(tasks)
-
-    async def run(self, task: Task, **kwargs: Any) -> Trajectory:
-        if self._worker is None:
-            raise EngineLost("this rollout worker was started again and is not loaded yet")
-        return await self._worker.run(task, **kwargs)
-
-    async def stats(self) -> dict[str, float]:
-        return self._worker.stats() if self._worker is not None else {}
-
-
-class _RemoteHost:
-    """``fleet.Host`` of an actor."""
-
-    def __init__(self, actor: Any, name: str) -> None:
-        self.actor, self._name = actor, name
-
-    async def start(self, *, timeout_s: float) -> tuple[str, int]:
-        return await _call(self.actor.start.remote(timeout_s), self._name)
-
-    async def wait_exit(self) -> int:
-        return await _call(self.actor.wait_exit.remote(), self._name)
-
-
-class RemoteTrainer:
-    """``interfaces.Trainer`` over the ranks: each call goes to all of them.
-
-    Args:
-        ranks: actors, in the order of their ranks.
-        room: around what needs the whole trainer on devices that it may share with engines.
-    """
-
-    def __init__(
-        self,
-        ranks: Sequence[Any],
-        room: Callable[[], AbstractAsyncContextManager[Any]] = nullcontext,
-    ) -> None:
-        self.ranks = len(ranks)
-        self._actors, self._room = ranks, room
-
-    async def each(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        """``method`` of every rank with the same arguments."""
-        return await self._all([a.call.remote(method, *args, **kwargs) for a in self._actors])
-
-    async def step(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """One update; rank r computes every micro-batch whose number is r modulo ``ranks``."""
-        if len(micro_batches) % self.ranks:
-            raise TrainerError(
-                f"{len(micro_batches)} micro-batches for {self.ranks} ranks: every rank needs as "
-                "many; pack them with ranks=trainer.ranks"
-            )
-        parts = [list(micro_batches[rank :: self.ranks]) for rank in range(self.ranks)]
-        calls = [a.call.remote("step", p) for a, p in zip(self._actors, parts, strict=True)]
-        return (await self._all(calls))[0]
-
-    async def logprobs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
-        async with self._room():
-            return (await self.each("logprobs", list(samples), temperature))[0]
-
-    async def weights(self) -> RemoteTrainer:
-        """The ranks themselves: they send their weights to the engines, not through here."""
-        return self
-
-    async def save(self, folder: Path) -> None:
-        async with self._room():
-            await self.each("save", folder.resolve())
-
-    async def restore(self, folder: Path) -> None:
-        async with self._room():
-            await self.each("restore", folder.resolve())
-
-    async def _all(self, calls: Sequence[Any]) -> list[Any]:
-        return await _gather(calls, _RANK)
 
 
 class RayCluster:
@@ -230,11 +80,11 @@ class RayCluster:
     trainer: RemoteTrainer
 
     def __init__(self, cfg: GrpoConfig, *, logs: Path, node: Node) -> None:
-        self._cfg, self._logs, self._node = cfg, logs.resolve(), node
+        self._cfg, self._logs = cfg, logs.resolve()
         self._place = (None if cfg.runtime_args.working_dir else os.getcwd(), list(sys.path))
-        self._head: RayProcess | None = None
+        self._session = RaySession(cfg, node)
         self._group: PlacementGroup | None = None
-        self._hosts: list[_RemoteHost] = []
+        self._hosts: list[RemoteHost] = []
         self._workers: list[Any] = []
         self._busy: list[int] = []
         self._reviving: dict[int, asyncio.Task[None]] = {}
@@ -257,9 +107,7 @@ class RayCluster:
         if self._hosts and ray.is_initialized():
             stops = [host.actor.stop.remote() for host in self._hosts]
             await asyncio.wait(map(asyncio.ensure_future, stops), timeout=30)
-        ray.shutdown()
-        if self._head is not None:
-            self._head.stop()
+        self._session.close()
 
     def metrics(self) -> dict[str, float]:
         total = Counter(self.engine.stats())
@@ -282,7 +130,7 @@ class RayCluster:
         try:
             return ray.get(self._workers[0].validate.remote(list(tasks)))
         except RayTaskError as error:
-            raise _original(error) from None
+            raise original(error) from None
 
     async def run_agent(
         self, task: Task, *, sampling: SamplingParams, budget: Budget, session: Session
@@ -306,7 +154,7 @@ class RayCluster:
                 )
             except (RayActorError, RayTaskError) as error:
                 if isinstance(error, RayTaskError) and not isinstance(error.cause, EngineLost):
-                    raise _original(error) from None
+                    raise original(error) from None
                 logger.warning("rollout worker %d died under %s", index, asked)
                 self._revive(index)
             finally:
@@ -332,9 +180,7 @@ class RayCluster:
     async def _start(self) -> None:
         cfg = self._cfg
         import_user_code(cfg)  # a mistake in it is told before anything is started
-        needed = _resources(cfg)
-        await self._connect(needed)
-        self._group = await _placed(cfg, needed)
+        self._group = await self._session.open()
         self._make_workers()
         if cfg.is_colocated:
             described = await self._start_ranks()
@@ -363,60 +209,6 @@ class RayCluster:
             *(cfg.policy_path, described["description"], len(urls), len(self._workers)),
         )
 
-    async def _connect(self, needed: Sequence[dict[str, float]]) -> None:
-        """Join the Ray cluster of ``ray_address``, or start one on the machines of this run."""
-        run = self._cfg.runtime_args
-        options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.ERROR}
-        if run.working_dir is not None:
-            options["runtime_env"] = {"working_dir": run.working_dir}
-        if run.ray_address is not None:
-            options["address"] = run.ray_address
-        else:
-            cpus = None
-            if self._node.count == 1:
-                # on a laptop the processes share what cores there are; Ray only counts them
-                wanted = sum(bundle.get("CPU", 0) for bundle in needed)
-                cpus = max(os.cpu_count() or 1, int(wanted))
-                self._node = replace(self._node, port=free_port())
-            self._head = RayProcess(self._node, num_cpus=cpus)
-            await self._wait_for_head()
-            options["address"] = f"{self._node.head}:{self._node.port}"
-        try:
-            ray.init(**options)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"no Ray cluster at runtime_args.ray_address={run.ray_address}: {error}"
-            ) from error
-        await self._wait_for_machines()
-
-    async def _wait_for_head(self) -> None:
-        deadline = time.monotonic() + _HEAD_S
-        while not answers(self._node.head, self._node.port):
-            if self._head.poll() is not None or time.monotonic() > deadline:
-                raise ConfigError(
-                    f"Ray does not start on MASTER_ADDR={self._node.head}, "
-                    f"MASTER_PORT={self._node.port}: RANK=0 must be the machine of that address, "
-                    f"and the port must be free. Ray said: {self._head.tail()}"
-                )
-            await asyncio.sleep(0.5)
-
-    async def _wait_for_machines(self) -> None:
-        deadline, seen = time.monotonic() + _JOINING_S, 0
-        while self._node.count > 1 and self._cfg.runtime_args.ray_address is None:
-            alive = sum(node["Alive"] for node in ray.nodes())
-            if alive != seen:
-                logger.info("%d of %d machines have joined", alive, self._node.count)
-                seen = alive
-            if alive >= self._node.count:
-                return
-            if time.monotonic() > deadline:
-                raise ConfigError(
-                    f"{alive} of WORLD_SIZE={self._node.count} machines joined within "
-                    f"{_JOINING_S:g} s; start the same command on each with its own RANK and "
-                    f"MASTER_ADDR={self._node.head}, MASTER_PORT={self._node.port}"
-                )
-            await asyncio.sleep(1.0)
-
     async def _start_ranks(self) -> dict[str, Any]:
         """The ranks in the order of machines and GPUs, so that neighbours share an engine; what
         they say of the policy."""
@@ -424,19 +216,19 @@ class RayCluster:
         gpus = 1 if settings.num_gpu else 0
         cpus = 1 if settings.num_gpu else settings.cpu_per_process
         actors = [
-            ray.remote(_Rank)
+            ray.remote(RankActor)
             .options(num_gpus=gpus, num_cpus=cpus, scheduling_strategy=self._in_bundle(i))
             .remote(self._place, self._cfg)
             for i in range(settings.num_rank)
         ]
-        where = await _gather([actor.where.remote() for actor in actors], _RANK)
+        where = await gather([actor.where.remote() for actor in actors], RANK)
         self._seats = sorted(_Seat(ip, gpus, bundle) for bundle, (ip, gpus, _) in enumerate(where))
         logger.info("trainer ranks: %s", ", ".join(f"{ip} pid {pid}" for ip, _, pid in where))
         ranks = [actors[seat.bundle] for seat in self._seats]
-        meeting = await _call(ranks[0].call.remote("meeting_point", self._seats[0].ip), _RANK)
+        meeting = await call(ranks[0].call.remote("meeting_point", self._seats[0].ip), RANK)
         loads = [actor.call.remote("load", meeting, rank) for rank, actor in enumerate(ranks)]
         self.trainer = RemoteTrainer(ranks, self._room if self._cfg.is_colocated else nullcontext)
-        return (await _gather(loads, _RANK))[0]
+        return (await gather(loads, RANK))[0]
 
     async def _start_engines(self) -> list[str]:
         cfg, policy = self._cfg, self._cfg.models.policy
@@ -447,7 +239,7 @@ class RayCluster:
             if policy.num_gpu and cfg.is_colocated:
                 bundle, gpus = self._seats[i * split].bundle, self._gpus_of_engine(i)
             actor = (
-                ray.remote(_Host)
+                ray.remote(HostActor)
                 .options(
                     num_gpus=split if on_own_gpus else 0,
                     num_cpus=0,
@@ -459,7 +251,7 @@ class RayCluster:
                     self._logs / f"engine_{i}.log",
                 )
             )
-            self._hosts.append(_RemoteHost(actor, f"the host of engine {i}"))
+            self._hosts.append(RemoteHost(actor, f"the host of engine {i}"))
         starts = [host.start(timeout_s=policy.engine_start_timeout_s) for host in self._hosts]
         started = await asyncio.gather(*starts)
         logger.info("engines: %s", ", ".join(f"{url} pid {pid}" for url, pid in started))
@@ -481,7 +273,7 @@ class RayCluster:
         manager = self._cfg.models.rollout_manager
         first = self._group.bundle_count - manager.num_worker
         for i in range(manager.num_worker):
-            actor = ray.remote(_Worker).options(
+            actor = ray.remote(WorkerActor).options(
                 num_cpus=manager.cpu_per_process,
                 max_restarts=-1,
                 max_concurrency=self._cfg.runtime_args.max_concurrent_rollouts + 16,
@@ -492,7 +284,7 @@ class RayCluster:
 
     async def _load_workers(self) -> None:
         loaded = [worker.load.remote(*self._load) for worker in self._workers]
-        pids = await _gather(loaded, "a rollout worker")
+        pids = await gather(loaded, "a rollout worker")
         logger.info("rollout workers: %s", ", ".join(f"pid {pid}" for pid in pids))
 
     def _in_bundle(self, index: int) -> PlacementGroupSchedulingStrategy:
@@ -529,7 +321,13 @@ class RayCluster:
     async def _free_worker(self) -> int:
         """The living worker with the fewest runs."""
         while len(self._reviving) == len(self._workers):
-            await asyncio.wait(self._reviving.values(), return_when=asyncio.FIRST_COMPLETED)
+            waiting = [task for task in self._reviving.values() if not task.done()]
+            if not waiting:
+                raise EngineError(
+                    "no rollout worker is left, so no agent can run; the run's log says how each "
+                    "died. The same command continues from the last checkpoint"
+                )
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         living = [i for i in range(len(self._workers)) if i not in self._reviving]
         return min(living, key=self._busy.__getitem__)
 
@@ -553,92 +351,3 @@ class RayCluster:
                 await asyncio.sleep(0.5)
         logger.info("rollout worker %d is back: pid %d", index, pid)
         del self._reviving[index]
-
-
-def _resources(cfg: GrpoConfig) -> list[dict[str, float]]:
-    """One bundle a trainer rank, then one an engine (unless it shares the ranks'), then one a
-    worker."""
-    trainer, policy, manager = (
-        cfg.models.policy_trainer,
-        cfg.models.policy,
-        cfg.models.rollout_manager,
-    )
-    rank = {"GPU": 1, "CPU": 1} if trainer.num_gpu else {"CPU": trainer.cpu_per_process}
-    engine = {"CPU": policy.cpu_per_process}
-    if policy.num_gpu:
-        engine = {"GPU": policy.tensor_model_parallel_size, "CPU": 1}
-    shares = policy.num_gpu and cfg.is_colocated
-    return [
-        *([rank] * trainer.num_rank),
-        *([] if shares else [engine] * policy.num_engine),
-        *([{"CPU": manager.cpu_per_process}] * manager.num_worker),
-    ]
-
-
-async def _placed(cfg: GrpoConfig, bundles: list[dict[str, float]]) -> PlacementGroup:
-    """Reserve the resources.
-
-    Raises:
-        ConfigError: the cluster has fewer.
-    """
-    total = Counter()
-    for bundle in bundles:
-        total.update(bundle)
-    has = ray.cluster_resources()
-    for kind, keys in (
-        (
-            "GPU",
-            "models.policy_trainer.num_gpu and models.policy.num_gpu (set colocation to share)",
-        ),
-        ("CPU", "models.rollout_manager.num_cpu, models.policy.num_cpu and policy_trainer.num_cpu"),
-    ):
-        if total[kind] > has.get(kind, 0):
-            raise ConfigError(
-                f"the run asks for {total[kind]:g} {kind}s and the Ray cluster has "
-                f"{has.get(kind, 0):g}; lower {keys}, or add machines"
-            )
-    group = placement_group(bundles, strategy="PACK")
-    done, _ = await asyncio.wait([asyncio.ensure_future(group.ready())], timeout=_PLACING_S)
-    if not done:
-        raise ConfigError(
-            f"the Ray cluster has {has.get('GPU', 0):g} GPUs and {has.get('CPU', 0):g} CPUs, but "
-            f"not free, or not in the portions this run needs: {bundles}. End what else runs "
-            "there, or lower the num_gpu and num_cpu keys"
-        )
-    return group
-
-
-async def _gather(calls: Sequence[Any], who: str) -> list[Any]:
-    """All answers, or the first failure as the actor raised it."""
-    return await asyncio.gather(*(_call(call, who) for call in calls))
-
-
-async def _call(call: Any, who: str) -> Any:
-    try:
-        return await call
-    except RayTaskError as error:
-        raise _original(error) from None
-    except RayActorError as error:
-        raise TrainerError(
-            f"{who} died ({_reason(error)}); the run cannot go on without it. The same command "
-            "continues from the last checkpoint"
-        ) from None
-
-
-def _original(error: RayTaskError) -> BaseException:
-    """What was raised in the actor: our own errors as they are, others with their traceback."""
-    cause = error.cause
-    return cause if isinstance(cause, ChatLearnError) else error.as_instanceof_cause()
-
-
-def _reason(error: RayActorError) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _here(log_file: Path) -> Path:
-    """``log_file``, where this machine can write it; else a folder of its own."""
-    try:
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        return log_file
-    except OSError:
-        return Path.cwd() / log_file.name

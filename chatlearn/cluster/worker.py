@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -45,6 +46,10 @@ class RolloutWorker:
             max_in_flight=-(-policy.max_concurrent_requests // workers),
             patience_s=policy.engine_start_timeout_s,
         )
+        # Else every full collection walks all imported libraries: 0.3 s in which no agent moves,
+        # and 40 % of the CPU time of 256 agents.
+        gc.collect()
+        gc.freeze()
 
     def validate(self, tasks: Sequence[Task]) -> list[Task]:
         """See ``interfaces.Cluster.validate``."""

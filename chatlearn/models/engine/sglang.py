@@ -30,6 +30,7 @@ PauseMode = Literal["in_place", "retract", "abort"]
 
 _HEALTH_S = 25.0
 _ABORT_GRACE_S = 10.0
+_FLUSH_S = 10.0
 _UNNAMED = "default"
 """SGLang's name for the weights that a server was started with."""
 _TAGS = ("kv_cache", "weights")
@@ -191,7 +192,9 @@ class SGLangEngine:
 
     async def flush(self) -> None:
         """Drop all prefix caches; ``EngineError`` while requests run."""
-        await self._server.ask("/flush_cache?timeout=10", {})
+        # With a timeout a held scheduler counts its waiting requests as running.
+        is_held = self._pauses and self._pause_mode != "abort"
+        await self._server.ask(f"/flush_cache?timeout={0 if is_held else _FLUSH_S}", {})
 
     async def is_healthy(self) -> bool:
         """Whether the server generates a token; of a paused one, whether it answers."""
