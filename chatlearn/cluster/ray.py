@@ -40,9 +40,9 @@ from chatlearn.cluster.ray_actors import (
     RemoteHost,
     RemoteTrainer,
     WorkerActor,
-    call,
-    gather,
     original,
+    result,
+    results,
 )
 from chatlearn.cluster.ray_place import RaySession
 from chatlearn.cluster.settings import server_settings, sglang_engines
@@ -221,14 +221,14 @@ class RayCluster:
             .remote(self._place, self._cfg)
             for i in range(settings.num_rank)
         ]
-        where = await gather([actor.where.remote() for actor in actors], RANK)
+        where = await results([actor.where.remote() for actor in actors], RANK)
         self._seats = sorted(_Seat(ip, gpus, bundle) for bundle, (ip, gpus, _) in enumerate(where))
         logger.info("trainer ranks: %s", ", ".join(f"{ip} pid {pid}" for ip, _, pid in where))
         ranks = [actors[seat.bundle] for seat in self._seats]
-        meeting = await call(ranks[0].call.remote("meeting_point", self._seats[0].ip), RANK)
+        meeting = await result(ranks[0].call.remote("meeting_point", self._seats[0].ip), RANK)
         loads = [actor.call.remote("load", meeting, rank) for rank, actor in enumerate(ranks)]
         self.trainer = RemoteTrainer(ranks, self._room if self._cfg.is_colocated else nullcontext)
-        return (await gather(loads, RANK))[0]
+        return (await results(loads, RANK))[0]
 
     async def _start_engines(self) -> list[str]:
         cfg, policy = self._cfg, self._cfg.models.policy
@@ -284,7 +284,7 @@ class RayCluster:
 
     async def _load_workers(self) -> None:
         loaded = [worker.load.remote(*self._load) for worker in self._workers]
-        pids = await gather(loaded, "a rollout worker")
+        pids = await results(loaded, "a rollout worker")
         logger.info("rollout workers: %s", ", ".join(f"pid {pid}" for pid in pids))
 
     def _in_bundle(self, index: int) -> PlacementGroupSchedulingStrategy:

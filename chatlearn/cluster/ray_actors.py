@@ -118,10 +118,10 @@ class RemoteHost:
         self.actor, self._name = actor, name
 
     async def start(self, *, timeout_s: float) -> tuple[str, int]:
-        return await call(self.actor.start.remote(timeout_s), self._name)
+        return await result(self.actor.start.remote(timeout_s), self._name)
 
     async def wait_exit(self) -> int:
-        return await call(self.actor.wait_exit.remote(), self._name)
+        return await result(self.actor.wait_exit.remote(), self._name)
 
 
 class RemoteTrainer:
@@ -172,17 +172,17 @@ class RemoteTrainer:
             await self.each("restore", folder.resolve())
 
     async def _all(self, calls: Sequence[Any]) -> list[Any]:
-        return await gather(calls, RANK)
+        return await results(calls, RANK)
 
 
-async def gather(calls: Sequence[Any], who: str) -> list[Any]:
+async def results(refs: Sequence[Any], who: str) -> list[Any]:
     """All answers, or the first failure as the actor raised it."""
-    return await asyncio.gather(*(call(call, who) for call in calls))
+    return await asyncio.gather(*(result(ref, who) for ref in refs))
 
 
-async def call(call: Any, who: str) -> Any:
+async def result(ref: Any, who: str) -> Any:
     try:
-        return await call
+        return await ref
     except RayTaskError as error:
         raise original(error) from None
     except RayActorError as error:

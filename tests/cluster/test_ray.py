@@ -74,7 +74,9 @@ def test_a_killed_engine_and_a_killed_worker_heal_and_reward_rises(project, clus
     assert all(m["rollout/failed"] == 0 for m in metrics)
     assert all(m["outcome/finished"] + m["outcome/truncated"] == 16 for m in metrics)
     # every episode, so also after every publish and after the restart
-    assert max(m["policy/logprob_gap_max"] for m in metrics) <= GAP
+    gaps = [m["policy/logprob_gap_max"] for m in metrics if "policy/logprob_gap_max" in m]
+    assert len(gaps) > 15  # an episode without signal makes no step
+    assert max(gaps) <= GAP
     assert sum(m.get("publish/checked", 0) for m in metrics) >= 3  # the weights landed, by checksum
     rewards = [m["reward/mean"] for m in metrics]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.3
