@@ -51,7 +51,7 @@ import psutil
 from langchain_core.tools import tool
 from langgraph.graph import END, START, MessagesState, StateGraph
 
-from chatlearn.cluster.settings import server_settings
+from chatlearn.cluster.settings import Vocabulary, server_settings
 from chatlearn.cluster.worker import RolloutWorker
 from chatlearn.config import GrpoConfig
 from chatlearn.config.load import load_config
@@ -270,7 +270,7 @@ def work(
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # connections end with the process
 
     async def main() -> None:
-        worker = RolloutWorker(cfg, [url], eos, workers)
+        worker = RolloutWorker(cfg, [url], Vocabulary(10**6, frozenset(eos)), workers)
         tasks = tasks_of(share)
         worker.validate([task for task, _ in tasks])
         pipe.send("ready")
@@ -365,6 +365,9 @@ def burn(share: float) -> None:
 @contextmanager
 def burnt(cores: float) -> Iterator[None]:
     """While inside, two processes burn ``cores`` of CPU together."""
+    if not cores:
+        yield
+        return
     spawn = multiprocessing.get_context("spawn")
     burners = [spawn.Process(target=burn, args=(cores / 2,), daemon=True) for _ in range(2)]
     for burner in burners:
@@ -412,24 +415,46 @@ class Round:
     server_s: float
     prompt: int
     cached: int
+    others: float
+    """Cores that processes of others used meanwhile."""
     load: float
     """Load average of the last minute at the end."""
 
 
 class Bench:
-    """One server and the sides that take turns on it."""
+    """One server and the sides that take turns on it.
 
-    def __init__(self, server: SGLangServer, log: Path) -> None:
-        self._server, self._log = server, log
+    Args:
+        log: the server's.
+        calm: a turn begins when others use fewer cores than this, or after two minutes; one beside
+            which they used more is taken again, up to five times.
+    """
 
-    async def turn(self, side: Callable[[], Awaitable[list[Part]]]) -> tuple[Round, list[Part]]:
-        """Flush the cache, let ``side`` run, and measure."""
+    def __init__(self, server: SGLangServer, log: Path, calm: float) -> None:
+        self._server, self._log, self._calm = server, log, calm
+
+    async def turn(
+        self, side: Callable[[], Awaitable[list[Part]]], burning: float = 0.0
+    ) -> tuple[Round, list[Part]]:
+        """Flush the cache, let ``side`` run beside ``burning`` cores that work, and measure."""
+        for _ in range(5):
+            await self._until_calm()
+            with burnt(burning):
+                found = await self._once(side, burning)
+            if found[0].others <= self._calm:
+                break
+            print(f"  again: {found[0]}", flush=True)
+        return found
+
+    async def _once(
+        self, side: Callable[[], Awaitable[list[Part]]], burning: float
+    ) -> tuple[Round, list[Part]]:
         async with aiohttp.ClientSession() as http:
             answer = await http.post(f"{self._server.url}/flush_cache")
             answer.raise_for_status()
-        size, cpu = self._log.stat().st_size, self._cpu_s()
+        size, cpu, busy = self._log.stat().st_size, self._cpu_s(), _busy_s()
         parts = await side()
-        cpu = self._cpu_s() - cpu
+        cpu, busy = self._cpu_s() - cpu, _busy_s() - busy
         seconds = max(p.ended for p in parts) - min(p.started for p in parts)
         await asyncio.sleep(0.2)  # the last lines of the log
         with self._log.open("rb") as file:
@@ -444,9 +469,18 @@ class Bench:
             server_s=cpu,
             prompt=sum(p.prompt for p in parts),
             cached=sum(p.cached for p in parts),
+            others=max(0.0, (busy - cpu - sum(p.cpu_s for p in parts)) / seconds - burning),
             load=os.getloadavg()[0],
         )
         return measured, parts
+
+    async def _until_calm(self) -> None:
+        """Wait while others work; our own processes are idle now."""
+        for _ in range(60):
+            busy = _busy_s()
+            await asyncio.sleep(2.0)
+            if _busy_s() - busy < 2.0 * self._calm:
+                return
 
     def _cpu_s(self) -> float:
         server = psutil.Process(self._server.pid)
@@ -454,12 +488,18 @@ class Bench:
         return sum(t.user + t.system for t in times)
 
 
+def _busy_s() -> float:
+    """CPU seconds that this machine has worked."""
+    times = psutil.cpu_times()
+    return times.user + times.nice + times.system + times.irq + times.softirq
+
+
 async def compare(
     bench: Bench, url: str, sides: dict[str, Workers], tokens: int, repeats: int
 ) -> dict[str, list[Round]]:
     """Every side ``repeats`` times in turns, at ``tokens`` a call."""
     first = next(iter(sides.values()))
-    _, parts = await bench.turn(lambda: first.round(tokens))  # warms up, and is recorded
+    parts = await first.round(tokens)  # warms up, and is recorded
     streams = [stream for part in parts for stream in part.streams]
 
     async def bare() -> list[Part]:
@@ -478,8 +518,7 @@ async def compare(
             ours, _ = await bench.turn(lambda workers=workers: workers.round(tokens))
             note(name, ours)
         more = ours.client_s / ours.seconds - beside.client_s / beside.seconds
-        with burnt(more):
-            note("raw, burnt", (await bench.turn(bare))[0])
+        note("raw, burnt", (await bench.turn(bare, more))[0])
     return found
 
 
@@ -494,6 +533,7 @@ COLUMNS = (
     "server CPU s",
     "s",
     "prompt tokens, of them cached",
+    "cores used by others",
     "load",
 )
 
@@ -516,6 +556,7 @@ def show(tokens: int, found: dict[str, list[Round]]) -> None:
             f"{median(rounds, 'server_s'):.1f}",
             f"{median(rounds, 'seconds'):.1f}",
             f"{median(rounds, 'prompt'):.0f}, {median(rounds, 'cached'):.0f}",
+            f"{median(rounds, 'others'):.1f}",
             f"{min(r.load for r in rounds):.1f}–{max(r.load for r in rounds):.1f}",
         ]
         print("| " + " | ".join(cells) + " |")
@@ -531,7 +572,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> None:
     try:
         for count in options.workers:
             sides[f"agents, {count}"] = Workers(count, cfg, server.url, eos)
-        bench = Bench(server, folder / "server.log")
+        bench = Bench(server, folder / "server.log", options.calm)
         tables = {
             tokens: await compare(bench, server.url, sides, tokens, options.repeats)
             for tokens in options.tokens
@@ -552,6 +593,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[32, 64, 128], help="N")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--calm", type=float, default=0.2, help="cores that others may use")
     parser.add_argument("--folder", type=Path, help="keep model and log here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -106,7 +106,8 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Who is asking the engine: caches are shared inside a group, and never beyond it."""
+    """Who is asking the engine. Siblings of a group have a prompt in common: an engine that keeps
+    caches should serve them in one place."""
 
     group: str
     """The same for all siblings of one task in one episode."""

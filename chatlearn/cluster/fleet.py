@@ -255,7 +255,9 @@ class SGLangFleet:
     async def _revive(self, index: int, host: Host) -> None:
         await host.start(timeout_s=self._policy.engine_start_timeout_s)
         async with self._publishing:
-            if self._weights is not None:
+            if self._weights is None:  # nothing is sampled before the first publish
+                self.pool.readmit(index)
+            else:
                 await self._deliver(self._weights, [index], self._version)
         self._counts["engine/restarts"] += 1
 

@@ -21,7 +21,12 @@ from transformers.utils.logging import disable_progress_bar
 from chatlearn.cluster.agents import Agents, import_user_code
 from chatlearn.cluster.delivery import Delivery
 from chatlearn.cluster.fleet import SGLangFleet
-from chatlearn.cluster.settings import server_settings, sglang_engines, trainer_settings
+from chatlearn.cluster.settings import (
+    Vocabulary,
+    server_settings,
+    sglang_engines,
+    trainer_settings,
+)
 from chatlearn.config import GrpoConfig
 from chatlearn.errors import ConfigError
 from chatlearn.interfaces import Weights
@@ -136,7 +141,9 @@ class LocalCluster:
         loop = asyncio.get_running_loop()
         if cfg.runtime_args.rollout_backend == "sglang":
             loop.set_default_executor(ThreadPoolExecutor(_MAX_THREADS))
-            self.engine = await self._start_servers(eos)
+            self.engine = await self._start_servers(
+                Vocabulary(model.get_input_embeddings().num_embeddings, eos)
+            )
             return
         self._lockstep = Lockstep()
         self.engine = EmbeddedEngine(
@@ -149,7 +156,7 @@ class LocalCluster:
         )
         loop.set_default_executor(self._lockstep.executor)
 
-    async def _start_servers(self, eos: frozenset[int]) -> SGLangFleet:
+    async def _start_servers(self, vocabulary: Vocabulary) -> SGLangFleet:
         cfg, policy = self._cfg, self._cfg.models.policy
         for i in range(policy.num_engine):
             settings = server_settings(cfg, gpu_ids=self._gpus_of_engine(i))
@@ -160,14 +167,14 @@ class LocalCluster:
         logger.info("engines: %s", ", ".join(urls))
         self._delivery = Delivery(
             cfg,
-            sglang_engines(cfg, urls, eos),
+            sglang_engines(cfg, urls, vocabulary),
             rank=0,
             ranks=1,
             folder=self._logs.parent / "weights",
             host="127.0.0.1",
         )
         return SGLangFleet(
-            sglang_engines(cfg, urls, eos),
+            sglang_engines(cfg, urls, vocabulary),
             self._servers,
             self._send,
             self._expected_checksums,

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from chatlearn.cluster.delivery import Delivery
 from chatlearn.cluster.nodes import free_port
-from chatlearn.cluster.settings import sglang_engines, trainer_settings
+from chatlearn.cluster.settings import Vocabulary, sglang_engines, trainer_settings
 from chatlearn.config import GrpoConfig
 from chatlearn.models.policy.fsdp import FSDPTrainer
 from chatlearn.models.policy.loading import eos_token_ids, load_tokenizer
@@ -50,7 +50,7 @@ class TrainerRank:
     def load(self, meeting_point: str, rank: int) -> dict[str, Any]:
         """Join the other ranks as number ``rank`` and load a shard of the policy.
 
-        Returns: ``eos`` token ids and a ``description`` of the policy.
+        Returns: its ``vocabulary`` and a ``description`` of it.
         """
         cfg, settings = self._cfg, self._cfg.models.policy_trainer
         device = torch.device("cuda", 0) if settings.num_gpu else torch.device("cpu")
@@ -78,19 +78,22 @@ class TrainerRank:
             offload_reference=cfg.models.ref_policy.free_gpu_memory.offload_weights,
         )
         return {
-            "eos": eos_token_ids(self._trainer.model, tokenizer),
+            "vocabulary": Vocabulary(
+                self._trainer.model.get_input_embeddings().num_embeddings,
+                eos_token_ids(self._trainer.model, tokenizer),
+            ),
             "description": (
                 f"{type(self._trainer.model).__name__}, {precision} on {settings.num_rank} × "
                 f"{device.type}"
             ),
         }
 
-    def connect(self, urls: Sequence[str], eos: Sequence[int], folder: Path, host: str) -> None:
+    def connect(self, urls: Sequence[str], vocabulary: Vocabulary, folder: Path, host: str) -> None:
         """Learn where the engines are, where files for them may be written, and where they reach
         rank 0."""
         self._delivery = Delivery(
             self._cfg,
-            sglang_engines(self._cfg, urls, eos),
+            sglang_engines(self._cfg, urls, vocabulary),
             rank=dist.get_rank(),
             ranks=dist.get_world_size(),
             folder=folder,

@@ -188,12 +188,12 @@ class RayCluster:
             urls = await self._start_engines()
         else:
             described, urls = await asyncio.gather(self._start_ranks(), self._start_engines())
-        eos = described["eos"]
+        vocabulary = described["vocabulary"]
         await self.trainer.each(
-            "connect", urls, eos, self._logs.parent / "weights", self._seats[0].ip
+            "connect", urls, vocabulary, self._logs.parent / "weights", self._seats[0].ip
         )
         self.engine = SGLangFleet(
-            sglang_engines(cfg, urls, eos),
+            sglang_engines(cfg, urls, vocabulary),
             self._hosts,
             self._send,
             self._expected_checksums,
@@ -202,7 +202,7 @@ class RayCluster:
             pauses=cfg.runtime_args.max_staleness > 0,
             colocated=cfg.is_colocated,
         )
-        self._load = (cfg, urls, eos, cfg.models.rollout_manager.num_worker)
+        self._load = (cfg, urls, vocabulary, cfg.models.rollout_manager.num_worker)
         await self._load_workers()
         logger.info(
             "policy %s: %s; %d engines, %d rollout workers",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from chatlearn.config import GrpoConfig
 from chatlearn.models.engine.sglang import SGLangEngine
@@ -54,18 +55,28 @@ def server_settings(cfg: GrpoConfig, *, gpu_ids: tuple[int, ...] = ()) -> Server
         deterministic=policy.deterministic,
         rl_on_policy_target=policy.rl_on_policy_target,
         seed=cfg.runtime_args.seed,
+        cpu_threads=policy.cpu_per_process,
         extra_args=policy.sglang_args,
     )
 
 
+class Vocabulary(NamedTuple):
+    """What an engine's client must know of the policy's tokens."""
+
+    size: int
+    eos: frozenset[int]
+    """Tokens that end a turn."""
+
+
 def sglang_engines(
-    cfg: GrpoConfig, urls: Sequence[str], eos_token_ids: Collection[int]
+    cfg: GrpoConfig, urls: Sequence[str], vocabulary: Vocabulary
 ) -> list[SGLangEngine]:
     """Clients of the servers at ``urls``."""
     return [
         SGLangEngine(
             url,
-            eos_token_ids=eos_token_ids,
+            eos_token_ids=vocabulary.eos,
+            vocab_size=vocabulary.size,
             max_context=cfg.max_context,
             deterministic=cfg.models.policy.deterministic,
         )

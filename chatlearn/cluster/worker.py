@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from chatlearn.cluster.agents import Agents, import_user_code
-from chatlearn.cluster.settings import sglang_engines
+from chatlearn.cluster.settings import Vocabulary, sglang_engines
 from chatlearn.config import GrpoConfig
 from chatlearn.models.engine.pool import EnginePool
 from chatlearn.models.policy.loading import load_tokenizer
@@ -24,7 +24,7 @@ class RolloutWorker:
     Args:
         cfg: the run's configuration.
         urls: the engines' addresses; which one serves a group is said with each run.
-        eos_token_ids: tokens that end a turn.
+        vocabulary: of the policy.
         workers: processes like this one, which share the engines.
 
     Raises:
@@ -32,15 +32,15 @@ class RolloutWorker:
     """
 
     def __init__(
-        self, cfg: GrpoConfig, urls: Sequence[str], eos_token_ids: Collection[int], workers: int
+        self, cfg: GrpoConfig, urls: Sequence[str], vocabulary: Vocabulary, workers: int
     ) -> None:
         policy = cfg.models.policy
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_MAX_THREADS))
         import_user_code(cfg)
         trust = cfg.models.policy_trainer.trust_remote_code
         tokenizer = load_tokenizer(cfg.policy_path, trust_remote_code=trust)
-        self._agents = Agents(cfg, tokenizer, eos_token_ids)
-        self._engines = sglang_engines(cfg, urls, eos_token_ids)
+        self._agents = Agents(cfg, tokenizer, vocabulary.eos)
+        self._engines = sglang_engines(cfg, urls, vocabulary)
         self._pool = EnginePool(
             self._engines,
             max_in_flight=-(-policy.max_concurrent_requests // workers),

@@ -143,6 +143,14 @@ class EnginePool:
         self._alive.discard(index)
         self._probes[index] = asyncio.create_task(self._probe(index))
 
+    def readmit(self, index: int) -> None:
+        """Engine ``index`` serves again."""
+        probe = self._probes.pop(index, None)
+        if probe is not None:
+            probe.cancel()
+        self._alive.add(index)
+        self._changed.set()
+
     async def close(self) -> None:
         """Stop probing."""
         for probe in self._probes.values():
@@ -189,6 +197,5 @@ class EnginePool:
             except EngineError:
                 continue
         logger.info("engine %d is back", index)
-        self._alive.add(index)
-        self._changed.set()
-        self._probes.pop(index, None)
+        del self._probes[index]
+        self.readmit(index)
