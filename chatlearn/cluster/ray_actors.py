@@ -156,8 +156,15 @@ class RemoteTrainer:
         return (await self._all(calls))[0]
 
     async def logprobs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
+        parts = [list(samples[rank :: self.ranks]) for rank in range(self.ranks)]
         async with self._room():
-            return (await self.each("logprobs", list(samples), temperature))[0]
+            found = await self._all(
+                [
+                    actor.call.remote("logprobs", part, temperature)
+                    for actor, part in zip(self._actors, parts, strict=True)
+                ]
+            )
+        return [found[i % self.ranks][i // self.ranks] for i in range(len(samples))]
 
     async def weights(self) -> RemoteTrainer:
         """The ranks themselves: they send their weights to the engines, not through here."""
