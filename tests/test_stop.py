@@ -19,7 +19,11 @@ def stop(project):
 
 
 def started(project, name: str) -> subprocess.Popen[bytes]:
-    run = project.start("runtime_args.num_episode=500", f"runtime_args.exp_name={name}")
+    run = project.start(
+        "runtime_args.num_episode=100000",
+        "runtime_args.save_episode_interval=0",
+        f"runtime_args.exp_name={name}",
+    )
     while "episode 2 " not in (project.folder / "out.txt").read_text():
         assert run.poll() is None, (project.folder / "out.txt").read_text()
         time.sleep(0.1)
