@@ -64,10 +64,23 @@ def launch(cfg: GrpoConfig) -> Path | None:
 
 
 async def _until_ended(training: Coroutine[Any, Any, None]) -> None:
-    """Await ``training``; SIGTERM, which schedulers send, ends it as Ctrl-C does."""
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
-    await training
+    """Await ``training``; SIGTERM ends it as Ctrl-C does, also where a shell that started the run
+    in the background had it ignore SIGINT."""
+    running = asyncio.current_task()
+    assert running is not None
+    terminated = asyncio.Event()
+
+    def terminate() -> None:
+        terminated.set()
+        running.cancel()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminate)
+    try:
+        await training
+    except asyncio.CancelledError:
+        if terminated.is_set():
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _cluster(cfg: GrpoConfig, run: RunFolder, node: Node) -> Cluster:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,6 +15,7 @@ from hypothesis import settings
 
 from chatlearn.types import Budget, SamplingParams, Session, Task
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where CI is a job of a shell
 settings.register_profile("patient", deadline=None)  # cores are shared, here and in CI
 settings.load_profile("patient")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,24 @@ def started(project, name: str) -> subprocess.Popen[bytes]:
         assert run.poll() is None, (project.folder / "out.txt").read_text()
         time.sleep(0.1)
     return run
+
+
+@pytest.fixture
+def background():
+    """As in a script's ``command &``, whose shell has the command ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_run_in_the_background_ends_in_order(project, stop, background):
+    run = started(project, "background")
+    try:
+        assert stop().returncode == 0
+        assert run.wait(5) == 130
+        assert "Interrupted." in (project.folder / "out.txt").read_text()
+    finally:
+        run.kill()
 
 
 def test_the_named_run_ends_in_order_and_the_other_goes_on(project, stop):

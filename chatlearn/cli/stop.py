@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """Interrupt the run's driver, as Ctrl-C would; its engines, ranks and workers end with it.
+    """Terminate the run's driver, which ends as by Ctrl-C; engines, ranks and workers end with it.
 
     Raises:
         ConfigError: no run, several runs, or the run of another machine.
@@ -56,7 +56,7 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def _end(run: Path, owner: Owner, grace_s: float) -> None:
     """Signal the process until it has let go of the run's lock."""
-    for number, patience_s in ((signal.SIGINT, grace_s), (signal.SIGKILL, 10.0)):
+    for number, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(owner.pid, number)
         deadline = time.monotonic() + patience_s

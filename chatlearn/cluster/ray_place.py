@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -56,8 +57,10 @@ class RaySession:
         options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.ERROR}
         if self._cfg.runtime_args.working_dir is not None:
             options["runtime_env"] = {"working_dir": self._cfg.runtime_args.working_dir}
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=address, **options)
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray takes it, to exit on the spot
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"no Ray cluster answers at {address} (runtime_args.ray_address): {error}"

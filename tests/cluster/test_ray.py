@@ -108,11 +108,12 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_resumes(project, cluste
     assert episodes == list(range(1, len(episodes) + 1))
 
 
-def test_ctrl_c_leaves_nothing_running(project, cluster):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_ended_run_leaves_nothing_running(project, cluster, number):
     run = project.start(*cluster, "runtime_args.num_episode=50", "models.policy.publish=disk")
     wait_for(project, run, "episode 2 ")
     family = psutil.Process(run.pid).children(recursive=True)
-    run.send_signal(signal.SIGINT)
+    run.send_signal(number)
 
     assert run.wait(60) == 130
     assert "The same command continues" in said(project)
