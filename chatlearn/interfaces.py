@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,6 +30,10 @@ Weights = Iterable[tuple[str, "torch.Tensor"]]
 """Named parameters under their Hugging Face names, one at a time, as often as they are asked for. A
 cluster's trainer and engine pass each other a handle instead: weights do not travel through the
 driver."""
+
+
+asked_by_socket: ContextVar[bool] = ContextVar("chatlearn_asked_by_socket", default=False)
+"""Set where the engine is asked for a client at a socket, which may block a thread of the run."""
 
 
 class Engine(Protocol):
@@ -71,8 +76,9 @@ class Trainer(Protocol):
         """One optimizer update over ``micro_batches``; returns metrics, flat ``area/quantity``."""
         ...
 
-    async def logprobs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
-        """log p of every token of every sample under the current weights. [[L], ...], first 0.0"""
+    async def logprobs(self, samples: Sequence[Sample]) -> list[list[float]]:
+        """log p of every token of every sample under the current weights, each at its own
+        ``Sample.temperatures``. [[L], ...], first 0.0"""
         ...
 
     async def weights(self) -> Weights:

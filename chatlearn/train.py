@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from chatlearn.algorithm.advantages import group_advantages
+from chatlearn.algorithm.advantages import group_advantages, turn_advantages
 from chatlearn.algorithm.packing import pack
 from chatlearn.algorithm.samples import to_samples
 from chatlearn.config import GrpoConfig
@@ -73,10 +73,14 @@ async def train(cfg: GrpoConfig, cluster: Cluster, run: RunFolder, tracker: Trac
 
 
 def _score(groups: Sequence[Group]) -> tuple[dict[str, float], list[list[Sample]]]:
-    """Advantage of every trainable trajectory by uid, and its samples as one row of a list."""
+    """Advantage of every trainable trajectory by uid, and its samples as one row of a list.
+
+    Tokens of turns with a reward of their own have that turn's advantage in them instead.
+    """
     advantages = {uid: a for group in groups for uid, a in group_advantages(group).items()}
+    own = {uid: turns for group in groups for uid, turns in turn_advantages(group).items()}
     rows = [
-        to_samples(trajectory, advantages[trajectory.uid])
+        to_samples(trajectory, advantages[trajectory.uid], own[trajectory.uid])
         for group in groups
         for trajectory in group.trajectories
         if trajectory.uid in advantages

@@ -7,6 +7,7 @@ project is inside the trainer, where a logit predicts the next position.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,28 @@ class Outcome(_Word):
         return self in (Outcome.FINISHED, Outcome.TRUNCATED, Outcome.TURN_LIMIT)
 
 
+class Fork(_Word):
+    """Why a turn begins a new branch of the tree instead of going on where a turn ended."""
+
+    BRANCH = "branch"
+    """Another turn went on from here already, or the history stops before an answer: parallel
+    nodes, ``Send``, time travel."""
+    REPEAT = "repeat"
+    """The same prompt, token for token, was asked before: a retry, or several drafts."""
+    FRESH = "fresh"
+    """No message but perhaps the system prompt was heard before: a sub-agent's own conversation."""
+    TOOLS = "tools"
+    """The same messages with other tools."""
+    TRIMMED = "trimmed"
+    """Messages are missing, the others are in their order."""
+    REORDERED = "reordered"
+    """Known messages in another order."""
+    COMPACTED = "compacted"
+    """Fewer messages, with new ones among them: a summary."""
+    EDITED = "edited"
+    """A message was replaced, or one was put before others."""
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """One dataset row, ready to be given to an agent."""
@@ -78,8 +101,21 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeSampling:
+    """How the calls of some nodes sample; None = as the run does."""
+
+    pattern: str
+    """Of nodes, see ``models/agent/node_patterns.py``."""
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    max_tokens: int | None = None
+    """Most tokens of one call."""
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one call to the engine samples. Training and evaluation each have their own."""
+    """How a run samples, or one call of it. Training and evaluation each have their own."""
 
     temperature: float = 1.0
     """0 means greedy."""
@@ -90,6 +126,8 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     """Stop strings; the text of the message ends before the first of them."""
     seed: int = 0
+    nodes: tuple[NodeSampling, ...] = ()
+    """Of a run: what some nodes do differently; the first pattern that matches counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +175,13 @@ class Completion:
             )
 
 
+def node_path(checkpoint_ns: str) -> str:
+    """Names of the nodes in LangGraph's ``checkpoint_ns``: ``team:4f2a…|1|writer:77b0…``, where a
+    number counts the calls of one sub-graph, is ``team/writer``."""
+    parts = checkpoint_ns.split("|")
+    return "/".join(part.partition(":")[0] for part in parts if not part.isdigit())
+
+
 @dataclass(slots=True)
 class Turn:
     """One model call. ``prompt_ids`` is exactly what the engine was given (law 1)."""
@@ -147,15 +192,37 @@ class Turn:
     """The turn whose prompt and completion begin this prompt, or None for a new root."""
     prompt_ids: list[int]  # [P]
     completion: Completion
+    fork: Fork | None = None
+    """Why it does not simply go on where its parent ended; None when it does, and of the first."""
+    prefilled: int = 0
+    """Tokens at the end of the prompt that were put into the assistant's mouth (a forced tool
+    call); the message begins with them."""
+    temperature: float = 1.0
+    """The completion was sampled at, and is trained at."""
     node: str = ""
     """LangGraph node that made the call, '' outside a graph."""
     checkpoint_ns: str = ""
-    """LangGraph's path of sub-graphs."""
+    """LangGraph's path of sub-graphs, with task ids: ``team:4f2a…|writer:77b0…``."""
     step: int = 0
     """LangGraph's super-step."""
+    send: int | None = None
+    """Which ``Send`` of its step started the node; None when none did."""
+    thread: str = ""
+    """LangGraph's ``thread_id``, '' without one."""
     tags: tuple[str, ...] = ()
+    tool_calls: tuple[str, ...] = ()
+    """Names of the tools the completion calls, in order; '' for a call that cannot be read."""
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds: ``prompt_s`` building the prompt, ``engine_s`` waiting for the engine."""
+    reward: float | None = None
+    """The turn's own reward; None = that of the run."""
+    excluded: str = ""
+    """Why its tokens are context and never trained; '' when they are trained."""
+
+    @property
+    def path(self) -> str:
+        """Names of the nodes down to this call: ``team/writer``; '' outside a graph."""
+        return node_path(self.checkpoint_ns) or self.node
 
     @property
     def token_ids(self) -> list[int]:
@@ -166,7 +233,8 @@ class Turn:
 @dataclass(slots=True)
 class Trajectory:
     """All turns of one agent run: a tree, because a graph may branch. Users return it under its
-    older name ``AgentGraphOutput``, and may set only ``reward`` and ``metrics`` on it."""
+    older name ``AgentGraphOutput``, and may set only ``reward``, ``node_rewards``,
+    ``turn_rewards`` and ``metrics`` on it."""
 
     task: Task | None = None
     turns: list[Turn] = field(default_factory=list)
@@ -178,6 +246,10 @@ class Trajectory:
     """The failure in words, with the traceback of user code; None when nothing failed."""
     messages: list[Message] = field(default_factory=list)
     """The conversation at the end of the run, as reward functions and the run folder see it."""
+    node_rewards: dict[str, float] = field(default_factory=dict)
+    """Rewards of nodes, by pattern; their turns are trained on these instead of ``reward``."""
+    turn_rewards: dict[int | str, float] = field(default_factory=dict)
+    """Rewards of single turns, by ``Turn.id`` or by the id of the message that the graph got."""
     uid: str = ""
     """Session of the run: ``{group}/{run}``."""
 
@@ -187,8 +259,24 @@ class Trajectory:
 
     @property
     def is_trainable(self) -> bool:
-        """Whether the run has turns, a policy outcome and a reward."""
-        return self.outcome.is_trainable and self.reward is not None and bool(self.turns)
+        """Whether the run has a policy outcome, a reward, and a turn that is not excluded."""
+        return (
+            self.outcome.is_trainable
+            and self.reward is not None
+            and any(not turn.excluded for turn in self.turns)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a reward function may return instead of a number: rewards of parts of the run too."""
+
+    reward: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    node_rewards: dict[str, float] = field(default_factory=dict)
+    """See ``Trajectory.node_rewards``."""
+    turn_rewards: dict[int | str, float] = field(default_factory=dict)
+    """See ``Trajectory.turn_rewards``."""
 
 
 @dataclass(slots=True)
@@ -206,8 +294,16 @@ class Group:
 
     @property
     def has_signal(self) -> bool:
-        """Whether the rewards differ; equal rewards give every sibling advantage 0."""
-        return len({t.reward for t in self.trainable}) > 1
+        """Whether siblings can be told apart by a reward, of the run or of turns of one node; equal
+        rewards give every sibling advantage 0."""
+        trained = self.trainable
+        own: defaultdict[str, set[float]] = defaultdict(set)
+        for trajectory in trained:
+            for turn in trajectory.turns:
+                if turn.reward is not None and not turn.excluded:
+                    own[turn.path].add(turn.reward)
+        rewards = [{t.reward for t in trained}, *own.values()]
+        return len(trained) > 1 and any(len(different) > 1 for different in rewards)
 
 
 @dataclass(slots=True)
@@ -224,6 +320,7 @@ class Sample:
     loss_mask: list[bool]  # [L] True where the token is trained
     rollout_logprobs: list[float]  # [L] 0.0 where loss_mask is False
     advantages: list[float]  # [L] 0.0 where loss_mask is False
+    temperatures: list[float] = field(default_factory=list)  # [L] sampled at; [] = all at 1.0
     weight: float = 1.0
     """Multiplies every trained token of the row in the loss and in its denominator."""
     trajectory: str = ""
@@ -232,10 +329,9 @@ class Sample:
     """Oldest weights that sampled a trained token of the row."""
 
     def __post_init__(self) -> None:
-        lengths = {
-            name: len(getattr(self, name))
-            for name in ("token_ids", "loss_mask", "rollout_logprobs", "advantages")
-        }
+        self.temperatures = self.temperatures or [1.0] * len(self.token_ids)
+        per_token = ("token_ids", "loss_mask", "rollout_logprobs", "advantages", "temperatures")
+        lengths = {name: len(getattr(self, name)) for name in per_token}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"Sample {self.trajectory!r} has unequal lengths: {lengths}")
         if self.loss_mask and self.loss_mask[0]:
@@ -256,6 +352,7 @@ class MicroBatch:
     loss_mask: torch.Tensor  # [T] bool
     rollout_logprobs: torch.Tensor  # [T] float32
     advantages: torch.Tensor  # [T] float32
+    temperatures: torch.Tensor  # [T] float32, > 0
     weights: torch.Tensor  # [T] float32, Sample.weight of the token's sample
     trajectories: list[str]  # [N] ``Sample.trajectory`` of each sample, to name it in errors
     denominator: float

@@ -105,6 +105,9 @@ def run_graph(llm, tokenizer, say):
         fields=None,
         timeout_s=10.0,
         engine=None,
+        sampling=None,
+        auxiliary_models=None,
+        **settings,
     ):
         name = f"test-{agent_class.__qualname__}-{id(agent_class)}"
         register(name)(agent_class)
@@ -117,7 +120,7 @@ def run_graph(llm, tokenizer, say):
             ground_truth=truth,
             fields=fields or {},
         )
-        agent, _ = AgentFactory(llm, tokenizer).agent(name, cfg)
+        agent, _ = AgentFactory(llm, tokenizer, auxiliary_models).agent(name, cfg)
         served = engine
         if served is None:
             script = answers if callable(answers) else [completion(text) for text in answers]
@@ -127,11 +130,12 @@ def run_graph(llm, tokenizer, say):
                 agent,
                 task,
                 engine=served,
-                sampling=SamplingParams(),
+                sampling=sampling or SamplingParams(),
                 budget=budget or Budget(1000, 1000, 10_000),
                 session=Session("0:test:0", "0.0"),
                 reward_function=reward_function,
                 timeout_s=timeout_s,
+                **settings,
             )
         )
 

@@ -6,6 +6,11 @@ import signal
 
 import pytest
 
+from chatlearn.algorithm.advantages import group_advantages, turn_advantages
+from chatlearn.observability.rollout_files import read_rollouts
+from chatlearn.train import _score
+from chatlearn.types import Completion, Group, StopReason, Task, Trajectory, Turn
+
 GAP = 1e-4
 """Most that engine and trainer may disagree on a logprob, in fp32 (nats)."""
 
@@ -101,6 +106,50 @@ def test_a_reference_and_an_entropy_bonus_act(project, setting):
     project.run("runtime_args.num_episode=2", setting)
     plain, changed = project.runs
     assert project.weights(plain, 2) != project.weights(changed, 2)
+
+
+def test_nodes_of_two_temperatures_are_trained_as_they_were_sampled(project):
+    """Engine and trainer agree on every token, and the rollout file says which had which."""
+    project.run(
+        "runtime_args.num_episode=2",
+        "models.policy.temperature=0.8",
+        "models.policy.node_sampling={second: {temperature: 1.3}}",
+    )
+    [run] = project.runs
+    metrics = project.metrics(run)
+    assert all(m["policy/logprob_gap_max"] <= GAP for m in metrics)
+    assert all(m["node/first/tokens"] > 0 and m["node/second/tokens"] > 0 for m in metrics)
+    rollouts = read_rollouts(run / "rollouts/episode_000001.jsonl")
+    found = {(t.node, t.temperature) for rollout in rollouts for t in rollout.trajectory.turns}
+    assert found == {("first", 0.8), ("second", 1.3)}
+    samples = [sample for rollout in rollouts for sample in rollout.samples]
+    assert {t for sample in samples for t in sample.temperatures} == {1.0, 0.8, 1.3}
+
+
+def test_a_turn_with_a_reward_of_its_own_is_trained_on_it():
+    """
+    run a, reward 1   first [2]   second [4], own reward 0      advantages  . + . -
+    run b, reward 0   first [2]   second [4], own reward 1                  . - . +
+    """
+    task = Task("t:0", [], "agent", None, "src", None)
+
+    def run(uid, reward, own):
+        def said(token):
+            return Completion([token], [-1.0], StopReason.STOP, (0, 0))
+
+        turns = [
+            Turn(0, None, [1], said(2), node="first"),
+            Turn(1, 0, [1, 2, 3], said(4), node="second", reward=own),
+        ]
+        return Trajectory(task, turns, reward, uid=uid)
+
+    group = Group(task, [run("a", 1.0, 0.0), run("b", 0.0, 1.0)])
+    advantages, rows = _score([group])
+    assert advantages == group_advantages(group)
+    own = turn_advantages(group)
+    a, b = advantages["a"], own["b"][1]
+    assert a == b > 0.7
+    assert [row.advantages for [row] in rows] == [[0, a, 0, -a], [0, -a, 0, a]]
 
 
 def tokens(path):

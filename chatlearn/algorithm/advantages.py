@@ -1,11 +1,12 @@
-"""Rewards of siblings in, advantages out."""
+"""Rewards of siblings, and of their turns, in; advantages out."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from math import fsum, sqrt
 
-from chatlearn.types import Group
+from chatlearn.types import Group, Turn
 
 _EPSILON = 1e-6
 
@@ -38,3 +39,32 @@ def group_advantages(group: Group) -> dict[str, float]:
     assert len(set(uids)) == len(uids), f"siblings of {group.task.uid} share a uid: {uids}"
     rewards = [trajectory.reward for trajectory in trained if trajectory.reward is not None]
     return dict(zip(uids, grpo(rewards), strict=True))
+
+
+def turn_advantages(group: Group) -> dict[str, dict[int, float]]:
+    """The advantages of turns that have a reward of their own, by trajectory uid and turn id.
+
+    Such a turn is compared, by ``grpo``, with every rewarded turn of the same ``Turn.path`` in all
+    trainable siblings: what a writer earned says nothing about a judge. Two siblings::
+
+        a   write 1.0   judge 0.0           write: 1.0 and 0.0 and 0.5 are compared
+        b   write 0.0   write 0.5           judge: 0.0 is alone, its advantage is 0.0
+
+    Each rewarded turn is an entry of its own, so a run with more of them has more say in mean and
+    std. Excluded turns have none. The uids are those of ``group_advantages``; a turn that is not
+    there is trained on the advantage of its run.
+    """
+    trained = group.trainable
+    if len(trained) < 2:
+        return {}
+    by_path: defaultdict[str, list[tuple[str, Turn]]] = defaultdict(list)
+    for trajectory in trained:
+        for turn in trajectory.turns:
+            if turn.reward is not None and not turn.excluded:
+                by_path[turn.path].append((trajectory.uid, turn))
+    found: dict[str, dict[int, float]] = {trajectory.uid: {} for trajectory in trained}
+    for entries in by_path.values():
+        rewards = [turn.reward for _, turn in entries if turn.reward is not None]
+        for (uid, turn), advantage in zip(entries, grpo(rewards), strict=True):
+            found[uid][turn.id] = advantage
+    return found

@@ -41,7 +41,7 @@ def pack(
         ranks: trainer processes that share the micro-batches.
 
     Raises:
-        TrainerError: a sample is longer than ``max_tokens``; it is named.
+        TrainerError: a sample is longer than ``max_tokens``, or see ``collate``; it is named.
     """
     rows = [s for s in samples if keep_zero_advantages or any(s.advantages)]
     longest = max(rows, key=_length, default=None)
@@ -133,12 +133,24 @@ def total_weight(samples: Iterable[Sample]) -> float:
 
 
 def collate(samples: Sequence[Sample], denominator: float) -> MicroBatch:
-    """Lay ``samples`` end to end, in their order, as one micro-batch."""
+    """Lay ``samples`` end to end, in their order, as one micro-batch.
+
+    Raises:
+        TrainerError: a temperature is not above 0; the trajectory is named.
+    """
     lengths = [len(sample.token_ids) for sample in samples]
 
     def row(values: Iterable[Iterable[float]], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(list(chain.from_iterable(values)), dtype=dtype)
 
+    temperatures = row((s.temperatures for s in samples), torch.float32)
+    if not bool((temperatures > 0).all()):
+        coldest = min(samples, key=lambda s: min(s.temperatures, default=1.0))
+        raise TrainerError(
+            f"A token of trajectory {coldest.trajectory!r} has temperature "
+            f"{min(coldest.temperatures)}, but its logits are divided by it: set "
+            "models.policy.temperature above 0."
+        )
     return MicroBatch(
         token_ids=row((s.token_ids for s in samples), torch.int64),
         position_ids=row((range(n) for n in lengths), torch.int64),
@@ -146,6 +158,7 @@ def collate(samples: Sequence[Sample], denominator: float) -> MicroBatch:
         loss_mask=row((s.loss_mask for s in samples), torch.bool),
         rollout_logprobs=row((s.rollout_logprobs for s in samples), torch.float32),
         advantages=row((s.advantages for s in samples), torch.float32),
+        temperatures=temperatures,
         weights=row(([s.weight] * n for s, n in zip(samples, lengths, strict=True)), torch.float32),
         trajectories=[s.trajectory for s in samples],
         denominator=denominator,

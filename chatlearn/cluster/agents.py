@@ -5,7 +5,9 @@ The process is the only one there is (``LocalCluster``), or one of many workers 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
+from datetime import date
 from typing import Any
 
 from chatlearn.config import GrpoConfig
@@ -14,11 +16,15 @@ from chatlearn.errors import ConfigError
 from chatlearn.interfaces import Engine
 from chatlearn.models.agent.agent_module import AgentFactory, import_modules
 from chatlearn.models.agent.agent_run import run_agent, sets_own_reward
+from chatlearn.models.agent.auxiliary import build_auxiliary
 from chatlearn.models.agent.chat_model import CustomChatModel
 from chatlearn.models.agent.prompt_builder import PromptBuilder
-from chatlearn.models.agent.tool_parser import tool_parser
+from chatlearn.models.agent.templates.check import check_template
+from chatlearn.models.agent.tool_parser import ToolParser, guess, tool_parser
 from chatlearn.rewards.registry import resolve_reward
 from chatlearn.types import Budget, SamplingParams, Session, Task, Trajectory
+
+logger = logging.getLogger(__name__)
 
 
 def import_user_code(cfg: GrpoConfig) -> None:
@@ -46,14 +52,17 @@ class Agents:
             tokenizer,
             frozenset(eos_token_ids),
             {"enable_thinking": cfg.models.policy.enable_thinking},
+            today=date.fromisoformat(cfg.models.policy.template_date),
         )
         llm = CustomChatModel(
             model="policy",
             tokenizer=tokenizer,
             prompts=self._prompts,
-            parser=tool_parser(cfg.models.policy.tool_parser),
+            parser=_parser(cfg.models.policy.tool_parser, tokenizer),
+            max_input_tokens=cfg.max_context,
         )
-        self._factory = AgentFactory(llm, tokenizer)
+        auxiliary_models = build_auxiliary(cfg.runtime_args.auxiliary_models)
+        self._factory = AgentFactory(llm, tokenizer, auxiliary_models)
 
     def validate(self, tasks: Sequence[Task]) -> list[Task]:
         """Build every agent and find every reward function once; drop prompts that are too long.
@@ -64,6 +73,9 @@ class Agents:
         """
         if not tasks:
             return []
+        check_template(
+            self._prompts.tokenizer, self._prompts.eos_ids, self._prompts.template_kwargs
+        ).raise_or_warn()
         seen = set()
         for task in tasks:
             key = (
@@ -111,4 +123,15 @@ class Agents:
             session=session,
             reward_function=resolve_reward(task, agent_reward_fn),
             timeout_s=self._cfg.runtime_args.agent_timeout_s,
+            trainable_nodes=self._cfg.models.policy.trainable_nodes,
+            train_orphans=self._cfg.models.policy.train_orphans,
         )
+
+
+def _parser(name: str, tokenizer: Any) -> ToolParser:
+    """The parser of ``models.policy.tool_parser``; ``auto`` is said in the log."""
+    if name == "auto":
+        template = tokenizer.chat_template
+        name = guess(template if isinstance(template, str) else "\n".join(template.values()))
+        logger.info("models.policy.tool_parser: %s, by the chat template", name)
+    return tool_parser(name)

@@ -103,8 +103,8 @@ class TrainerRank:
     def step(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
         return self._run(self._trainer.step(micro_batches))
 
-    def logprobs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
-        return self._run(self._trainer.logprobs(samples, temperature))
+    def logprobs(self, samples: Sequence[Sample]) -> list[list[float]]:
+        return self._run(self._trainer.logprobs(samples))
 
     def save(self, folder: Path) -> None:
         self._run(self._trainer.save(folder))

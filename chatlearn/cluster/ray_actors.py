@@ -155,12 +155,12 @@ class RemoteTrainer:
         calls = [a.call.remote("step", p) for a, p in zip(self._actors, parts, strict=True)]
         return (await self._all(calls))[0]
 
-    async def logprobs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
+    async def logprobs(self, samples: Sequence[Sample]) -> list[list[float]]:
         parts = [list(samples[rank :: self.ranks]) for rank in range(self.ranks)]
         async with self._room():
             found = await self._all(
                 [
-                    actor.call.remote("logprobs", part, temperature)
+                    actor.call.remote("logprobs", part)
                     for actor, part in zip(self._actors, parts, strict=True)
                 ]
             )

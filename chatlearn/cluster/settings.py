@@ -28,7 +28,6 @@ def trainer_settings(cfg: GrpoConfig, precision: str) -> TrainerSettings:
         entropy_coef=trainer.entropy_coef,
         pos_clip_ratio=trainer.pos_clip_ratio,
         neg_clip_ratio=trainer.neg_clip_ratio,
-        temperature=cfg.models.policy.temperature,
         gradient_checkpointing=trainer.gradient_checkpointing,
         precision=precision,
         attention=trainer.attention,

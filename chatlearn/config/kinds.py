@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -50,6 +51,16 @@ def _file_list(text: str) -> str:
     return text
 
 
+def _iso_date(given: Any) -> Any:
+    """YAML reads 2025-01-31 as a date."""
+    text = given.isoformat() if isinstance(given, date) else given
+    try:
+        date.fromisoformat(text)
+    except (TypeError, ValueError):
+        raise _refuse("must be a day like 2025-01-31") from None
+    return text
+
+
 def _not_blank(text: str) -> str:
     if not text.strip():
         raise _refuse("must name something; it is empty")
@@ -66,23 +77,24 @@ Name = Annotated[str, AfterValidator(_not_blank)]
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 Temperature = Annotated[float, AfterValidator(_explores)]
 FileList = Annotated[str, AfterValidator(_file_list)]
+Day = Annotated[str, BeforeValidator(_iso_date)]
 Scalar = bool | int | float | str
 
 
-class _Flags(dict):
+class FrozenDict(dict):
     """A mapping of a frozen tree: it cannot be written, and can be hashed and pickled."""
 
-    def __setitem__(self, name: str, value: Scalar) -> None:
+    def __setitem__(self, name: str, value: Any) -> None:
         raise TypeError("the configuration is frozen")
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
 
     def __reduce__(self) -> tuple:
-        return _Flags, (dict(self),)
+        return FrozenDict, (dict(self),)
 
 
-Flags = Annotated[dict[str, Scalar], AfterValidator(_Flags)]
+Flags = Annotated[dict[str, Scalar], AfterValidator(FrozenDict)]
 FileNames = Annotated[FileList, AfterValidator(_not_blank)]
 
 

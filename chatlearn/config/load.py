@@ -197,6 +197,9 @@ def _key_at(location: Sequence[int | str], known: Mapping[str, FieldInfo]) -> st
 
 def _reason(error: Mapping[str, Any], key: str) -> str:
     given = error["input"]
+    inner = ".".join(str(part) for part in error["loc"])[len(key) + 1 :]
+    if error["type"] == "extra_forbidden":
+        return f"{inner}: there is no such key; docs/config.md lists them"
     if given is None:
         return f"must not be null; leave {key} out for its default"
     if error["type"] in ("int_type", "float_type", "bool_type") and isinstance(given, str):

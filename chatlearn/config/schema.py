@@ -7,19 +7,21 @@ is frozen and its types are strict: ``"50"`` is not a number and ``1`` is not a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal, get_origin
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from chatlearn.config.kinds import (
     Below1,
+    Day,
     FileList,
     FileNames,
     Flags,
     FolderName,
+    FrozenDict,
     Name,
     NotNegative,
     Positive,
@@ -31,7 +33,7 @@ from chatlearn.config.kinds import (
     only,
 )
 from chatlearn.config.rules import conflicts
-from chatlearn.types import Budget, SamplingParams
+from chatlearn.types import Budget, NodeSampling, SamplingParams
 
 
 class LogArgs(Section):
@@ -51,6 +53,46 @@ class LogArgs(Section):
     """Folder of W&B's own files. null = the run folder."""
     wandb_resume: Literal["allow", "must", "never", "auto"] = "allow"
     """What W&B does when the id exists already, as in ``wandb.init(resume=…)``."""
+
+
+class AuxiliaryModel(Section):
+    """A frozen model beside the policy, of which nothing is trained."""
+
+    factory: Name | None = None
+    """A function that returns a LangChain chat model: ``pkg.mod:function`` or
+    ``path/file.py:function``."""
+    base_url: Name | None = None
+    """Address of an OpenAI-compatible endpoint, ``http://host:port/v1``. Needs the extra
+    ``chatlearn[openai]``."""
+    model: Name | None = None
+    """Name of the model at ``base_url``."""
+    api_key_env: Name | None = None
+    """Environment variable that holds the key of ``base_url``. null = it needs none."""
+    temperature: NotNegative | None = None
+    """Its sampling temperature at ``base_url``. null = the server's."""
+    timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds until a request to ``base_url`` fails."""
+
+    @model_validator(mode="after")
+    def _is_one_thing(self) -> AuxiliaryModel:
+        if (self.factory is None) == (self.base_url is None):
+            raise PydanticCustomError("refused", "must have either factory or base_url")
+        if self.base_url is not None and self.model is None:
+            raise PydanticCustomError("refused", "must name the model at base_url: model")
+        return self
+
+
+class NodeSamplingArgs(Section):
+    """How the calls of some nodes sample; what is null is as in the rest of the run."""
+
+    temperature: NotNegative | None = None
+    """Sampling temperature. 0 = greedy: such calls are not trained."""
+    top_p: Share | None = None
+    """Nucleus sampling."""
+    top_k: TopK | None = None
+    """Sample among so many likeliest tokens."""
+    max_tokens: Positive | None = None
+    """Tokens sampled by one call."""
 
 
 class RuntimeArgs(Section):
@@ -127,6 +169,12 @@ class RuntimeArgs(Section):
     """Agent runs going on at once."""
     agent_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     """Seconds one agent run may take, tools included; then its outcome is ``timeout``."""
+    auxiliary_models: Annotated[dict[str, AuxiliaryModel], AfterValidator(FrozenDict)] = Field(
+        default={}, validate_default=True
+    )
+    """Frozen models for agents and judges, by name: ``{judge: {base_url: "http://…/v1", model:
+    qwen}}`` or ``{judge: {factory: "pkg.mod:function"}}``. An agent has them as
+    ``self.auxiliary_models["judge"]``; nothing they say is trained."""
     max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of an episode's rollouts that may fail (agent, judge, engine, timeout) before the run
     stops and says why. 0 = the first failure stops it, 1 = none does."""
@@ -219,6 +267,24 @@ class PolicyConfig(Section):
     max_seq_len: Positive | None = None
     """Tokens in any one context: prompt, answers and tool results. null = prompt + response
     lengths, which leaves no extra room for tool results."""
+    trainable_nodes: Annotated[tuple[Name, ...], Field(strict=False, min_length=1)] = ("*",)
+    """Nodes whose calls are trained, by patterns like file names: ``[writer, "team/*"]``; the calls
+    of other nodes are context. A sub-graph's name stands for all that is in it, and ``agent:node``
+    is a node of one agent only."""
+    train_orphans: bool = False
+    """Also train calls that were made in vain: those of an attempt that failed and was made again
+    (LangGraph's retry policy, ``with_retry``, ``with_fallbacks``), and of a cancelled branch."""
+    node_sampling: Annotated[dict[str, NodeSamplingArgs], AfterValidator(FrozenDict)] = Field(
+        default={}, validate_default=True
+    )
+    """What some nodes sample differently in training, by pattern as in ``trainable_nodes``:
+    ``{planner: {temperature: 0.7, max_tokens: 200}}``. The first pattern that matches counts; the
+    keys are temperature, top_p, top_k and max_tokens. Tokens are trained at the temperature that
+    sampled them."""
+    eval_node_sampling: Annotated[dict[str, NodeSamplingArgs], AfterValidator(FrozenDict)] = Field(
+        default={}, validate_default=True
+    )
+    """``node_sampling`` of evaluation."""
     eval_num_inference_per_prompt: Positive = 1
     """Rollouts of one prompt in evaluation; their rewards are averaged."""
     eval_temperature: NotNegative = 0.6
@@ -235,10 +301,13 @@ class PolicyConfig(Section):
     eval_max_seq_len: Positive | None = None
     """Tokens in any one context of an evaluation. null = as in training, plus what an evaluation
     rollout may sample more than a training one."""
-    tool_parser: Name = "hermes"
-    """How tool calls are written in this model's text."""
+    tool_parser: Name = "auto"
+    """How tool calls and reasoning are written in this model's text: a name of docs/parsers.md, or
+    one of your own. ``auto`` = by the markers in the chat template."""
     enable_thinking: bool = False
     """Passed to the chat template; templates that know no thinking ignore it."""
+    template_date: Day = "2025-01-01"
+    """The day that chat templates with a date show. It is not today's, so that a seed repeats."""
     max_concurrent_requests: Positive = 64
     """Requests that one engine works on at once; more wait their turn. In the embedded engine each
     holds a cache of one context."""
@@ -491,6 +560,7 @@ class GrpoConfig(Section):
             top_k=policy.top_k,
             max_new_tokens=self.train_budget().turn_tokens,
             seed=self.runtime_args.seed,
+            nodes=_node_sampling(policy.node_sampling),
         )
 
     def eval_sampling(self) -> SamplingParams:
@@ -502,6 +572,7 @@ class GrpoConfig(Section):
             top_k=policy.eval_top_k,
             max_new_tokens=self.eval_budget().turn_tokens,
             seed=self.runtime_args.seed,
+            nodes=_node_sampling(policy.eval_node_sampling),
         )
 
     def train_budget(self) -> Budget:
@@ -545,6 +616,10 @@ def keys() -> dict[str, FieldInfo]:
         for name, field in node.model_fields.items()
         if (key := f"{prefix}.{name}".lstrip(".")) not in nodes
     }
+
+
+def _node_sampling(nodes: Mapping[str, NodeSamplingArgs]) -> tuple[NodeSampling, ...]:
+    return tuple(NodeSampling(pattern, **dict(args)) for pattern, args in nodes.items())
 
 
 def _split(paths: str) -> list[str]:

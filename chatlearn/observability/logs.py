@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-_NOISY = ("httpx", "httpcore", "urllib3", "filelock", "asyncio", "matplotlib")
+_NOISY = ("httpx", "httpx2", "httpcore", "urllib3", "filelock", "asyncio", "matplotlib")
 """Libraries whose INFO lines say nothing about a run."""
 
 

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, pstdev
 
-from chatlearn.types import Group, Outcome, Trajectory
+from chatlearn.types import Group, Outcome, StopReason, Trajectory, Turn
 
 _TOOL_COUNTS = {
     "tool_calls": "tools/calls",
@@ -18,6 +18,9 @@ _TOOL_COUNTS = {
     "invalid_tool_calls": "tools/invalid_calls",
 }
 """Keys of ``Trajectory.metrics`` that are summed over rollouts, and their names here."""
+
+_SUPERSEDED = "superseded"
+"""``Turn.excluded`` of a call whose node or runnable was tried again."""
 
 PASS_THRESHOLD = 1.0
 """A task counts as passed when its best reward reaches this."""
@@ -27,13 +30,14 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Describe one episode's rollouts.
 
     ``reward/*`` and ``response/*`` are over trainable trajectories, ``turns/*`` over those that
-    made a call, ``tokens/generated``, ``tools/*`` and ``outcome/*`` over all; ``agent/<key>`` is
-    the mean of a metric the agent or its reward set, over the trajectories that set it.
+    made a call, ``tokens/*``, ``tools/*`` and ``outcome/*`` over all; ``agent/<key>`` is the mean
+    of a metric the agent or its reward set, over the trajectories that set it. See ``_tree`` for
+    ``turns/*`` beside the mean and the maximum, and ``_nodes`` for ``node/<path>/*``.
     """
     trajectories = [t for group in groups for t in group.trajectories]
     trained = [t for t in trajectories if t.is_trainable]
     rewards = [t.reward for t in trained if t.reward is not None]
-    turns = [len(t.turns) for t in trajectories if t.turns]
+    counts = [len(t.turns) for t in trajectories if t.turns]
     lengths = [t.sampled_tokens for t in trained]
     metrics: dict[str, float] = {}
     if rewards:
@@ -42,18 +46,19 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     metrics["groups/count"] = float(len(groups))
     metrics["groups/zero_signal"] = float(sum(not group.has_signal for group in groups))
     metrics["tokens/generated"] = float(sum(t.sampled_tokens for t in trajectories))
-    if turns:
-        metrics |= {"turns/mean": fmean(turns), "turns/max": float(max(turns))}
+    if counts:
+        metrics |= {"turns/mean": fmean(counts), "turns/max": float(max(counts))}
+        metrics |= _tree([turn for t in trajectories for turn in t.turns])
     for key, name in _TOOL_COUNTS.items():
-        counts = [t.metrics[key] for t in trajectories if key in t.metrics]
-        if counts:
-            metrics[name] = float(sum(counts))
+        found = [t.metrics[key] for t in trajectories if key in t.metrics]
+        if found:
+            metrics[name] = float(sum(found))
     if trained:
         truncated = sum(t.outcome is Outcome.TRUNCATED for t in trained)
         metrics["response/truncated_fraction"] = truncated / len(trained)
         metrics["response/tokens_mean"] = fmean(lengths)
         metrics["response/tokens_max"] = float(max(lengths))
-    return metrics | _user_means(trajectories, "agent/")
+    return metrics | _nodes(trajectories) | _user_means(trajectories, "agent/")
 
 
 def eval_metrics(groups: Sequence[Group], k: int) -> dict[str, float]:
@@ -62,7 +67,8 @@ def eval_metrics(groups: Sequence[Group], k: int) -> dict[str, float]:
     ``eval/reward_mean`` (mean@k) is the mean over tasks of a task's mean reward, ``best_of_{k}``
     the mean of a task's best, ``pass@{k}`` the fraction of tasks whose best reaches
     ``PASS_THRESHOLD``. A failed rollout is left out and counted (``eval/failed``); a task with
-    none left is left out too (``eval/tasks`` counts the others).
+    none left is left out too (``eval/tasks`` counts the others). ``eval/node/<path>/turns`` and
+    ``tokens`` are over all rollouts.
     """
     trajectories = [t for group in groups for t in group.trajectories]
     rewards: list[list[float]] = []
@@ -85,6 +91,9 @@ def eval_metrics(groups: Sequence[Group], k: int) -> dict[str, float]:
     for source, means in sorted(by_source.items()):
         metrics[f"eval/{source}/reward_mean"] = fmean(means)
     metrics |= _outcomes(trajectories, "eval/outcome/")
+    for path, turns in _by_path(trajectories).items():
+        metrics[f"eval/node/{path}/turns"] = float(len(turns))
+        metrics[f"eval/node/{path}/tokens"] = _sampled(turns)
     return _user_means([t for t in trajectories if _is_scored(t)], "eval/") | metrics
 
 
@@ -109,6 +118,68 @@ def _merge(key: str, values: list[float]) -> float:
     if key.startswith(("tokens/", "time/")) and not key.endswith("per_s"):
         return sum(values)
     return fmean(values)
+
+
+def _tree(turns: Sequence[Turn]) -> dict[str, float]:
+    """How runs branched, and what of them is not trained.
+
+    ``turns/forks`` counts turns that begin a branch, ``turns/forks_<reason>`` those of a reason
+    that occurred, ``turns/superseded`` calls that were tried again, ``turns/excluded`` these and
+    all others that are only context, ``tokens/excluded`` the tokens sampled in them.
+    """
+    forks = Counter(turn.fork.value for turn in turns if turn.fork is not None)
+    excluded = [turn for turn in turns if turn.excluded]
+    metrics = {"turns/forks": float(forks.total())}
+    metrics |= {f"turns/forks_{reason}": float(n) for reason, n in sorted(forks.items())}
+    metrics["turns/superseded"] = float(sum(turn.excluded == _SUPERSEDED for turn in excluded))
+    metrics["turns/excluded"] = float(len(excluded))
+    metrics["tokens/excluded"] = _sampled(excluded)
+    return metrics
+
+
+def _nodes(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """What each node of the graphs did, by the path of names down to it.
+
+    ``turns``, ``tokens`` (sampled) and ``truncated_fraction`` (turns cut by a token limit) are over
+    all trajectories; ``tokens_trained`` is over turns that are not excluded of the trainable ones.
+    ``reward`` is the mean over rewarded turns of trainable trajectories where the node has any,
+    else over the rewards of the trainable trajectories that came to it.
+    """
+    trainable = [t for t in trajectories if t.is_trainable]
+    trained = _by_path(trainable)
+    of_runs: defaultdict[str, list[float]] = defaultdict(list)
+    for trajectory in trainable:
+        for path in {turn.path for turn in trajectory.turns}:
+            if trajectory.reward is not None:
+                of_runs[path].append(trajectory.reward)
+    metrics: dict[str, float] = {}
+    for path, turns in _by_path(trajectories).items():
+        own = [turn.reward for turn in trained.get(path, ()) if turn.reward is not None]
+        rewards = own or of_runs[path]
+        cut = sum(turn.completion.stop_reason is StopReason.LENGTH for turn in turns)
+        metrics[f"node/{path}/turns"] = float(len(turns))
+        metrics[f"node/{path}/tokens"] = _sampled(turns)
+        metrics[f"node/{path}/tokens_trained"] = _sampled(
+            turn for turn in trained.get(path, ()) if not turn.excluded
+        )
+        if rewards:
+            metrics[f"node/{path}/reward"] = fmean(rewards)
+        metrics[f"node/{path}/truncated_fraction"] = cut / len(turns)
+    return metrics
+
+
+def _by_path(trajectories: Iterable[Trajectory]) -> dict[str, list[Turn]]:
+    """Turns that were made inside a graph, by ``Turn.path``, in the order of the paths."""
+    found: defaultdict[str, list[Turn]] = defaultdict(list)
+    for trajectory in trajectories:
+        for turn in trajectory.turns:
+            if turn.path:
+                found[turn.path].append(turn)
+    return dict(sorted(found.items()))
+
+
+def _sampled(turns: Iterable[Turn]) -> float:
+    return float(sum(len(turn.completion.token_ids) for turn in turns))
 
 
 def _is_scored(trajectory: Trajectory) -> bool:

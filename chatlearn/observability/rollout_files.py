@@ -9,7 +9,17 @@ from typing import Any, NamedTuple
 
 from chatlearn.errors import DataError
 from chatlearn.observability.jsonl import read_records, to_line, write_atomically
-from chatlearn.types import Completion, Group, Outcome, Sample, StopReason, Task, Trajectory, Turn
+from chatlearn.types import (
+    Completion,
+    Fork,
+    Group,
+    Outcome,
+    Sample,
+    StopReason,
+    Task,
+    Trajectory,
+    Turn,
+)
 
 
 class Rollout(NamedTuple):
@@ -107,17 +117,7 @@ def _record(
         "messages": trajectory.messages,
         "metrics": {key: float(value) for key, value in trajectory.metrics.items()},
         "turns": [_turn_record(turn) for turn in trajectory.turns],
-        "samples": [
-            {
-                "token_ids": sample.token_ids,
-                "loss_mask": [int(trained) for trained in sample.loss_mask],
-                "rollout_logprobs": sample.rollout_logprobs,
-                "advantages": sample.advantages,
-                "weight": sample.weight,
-                "min_version": sample.min_version,
-            }
-            for sample in samples
-        ],
+        "samples": [_sample_record(sample) for sample in samples],
     }
 
 
@@ -125,17 +125,52 @@ def _turn_record(turn: Turn) -> dict[str, Any]:
     return {
         "id": turn.id,
         "parent": turn.parent,
+        "fork": turn.fork.value if turn.fork is not None else None,
         "node": turn.node,
         "checkpoint_ns": turn.checkpoint_ns,
         "step": turn.step,
+        "send": turn.send,
+        "thread": turn.thread,
         "tags": turn.tags,
+        "temperature": turn.temperature,
         "prompt_ids": turn.prompt_ids,
+        "prefilled": turn.prefilled,
         "completion_ids": turn.completion.token_ids,
         "logprobs": turn.completion.logprobs,
         "stop": turn.completion.stop_reason.value,
         "versions": turn.completion.versions,
+        "tool_calls": turn.tool_calls,
+        "reward": turn.reward,
+        "excluded": turn.excluded,
         "timings": turn.timings,
     }
+
+
+def _sample_record(sample: Sample) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "token_ids": sample.token_ids,
+        "loss_mask": [int(trained) for trained in sample.loss_mask],
+        "rollout_logprobs": sample.rollout_logprobs,
+        "advantages": sample.advantages,
+        "weight": sample.weight,
+        "min_version": sample.min_version,
+    }
+    temperatures = _shortened(sample)
+    if temperatures != 1.0:
+        record["temperatures"] = temperatures
+    return record
+
+
+def _shortened(sample: Sample) -> float | list[float]:
+    """One number where all trained tokens have it and all others 1.0, which is what a sample of one
+    temperature looks like; else the list."""
+    trained = {t for t, on in zip(sample.temperatures, sample.loss_mask, strict=True) if on}
+    one = min(trained, default=1.0)
+    return one if sample.temperatures == _spread(one, sample.loss_mask) else sample.temperatures
+
+
+def _spread(temperature: float, loss_mask: Sequence[bool]) -> list[float]:
+    return [temperature if trained else 1.0 for trained in loss_mask]
 
 
 def _rollout(record: dict[str, Any]) -> Rollout:
@@ -150,19 +185,25 @@ def _rollout(record: dict[str, Any]) -> Rollout:
         messages=record["messages"],
         uid=uid,
     )
-    samples = [
-        Sample(
-            token_ids=sample["token_ids"],
-            loss_mask=[bool(trained) for trained in sample["loss_mask"]],
-            rollout_logprobs=sample["rollout_logprobs"],
-            advantages=sample["advantages"],
-            weight=sample["weight"],
-            trajectory=uid,
-            min_version=sample["min_version"],
-        )
-        for sample in record["samples"]
-    ]
+    samples = [_sample(sample, uid) for sample in record["samples"]]
     return Rollout(trajectory, record["advantage"], samples, record["group"], record["ticket"])
+
+
+def _sample(record: dict[str, Any], uid: str) -> Sample:
+    loss_mask = [bool(trained) for trained in record["loss_mask"]]
+    temperatures = record.get("temperatures", 1.0)
+    if not isinstance(temperatures, list):
+        temperatures = _spread(temperatures, loss_mask)
+    return Sample(
+        token_ids=record["token_ids"],
+        loss_mask=loss_mask,
+        rollout_logprobs=record["rollout_logprobs"],
+        advantages=record["advantages"],
+        temperatures=temperatures,
+        weight=record["weight"],
+        trajectory=uid,
+        min_version=record["min_version"],
+    )
 
 
 def _turn(record: dict[str, Any]) -> Turn:
@@ -177,9 +218,17 @@ def _turn(record: dict[str, Any]) -> Turn:
             stop_reason=StopReason(record["stop"]),
             versions=(low, high),
         ),
+        fork=Fork(record["fork"]) if record["fork"] is not None else None,
+        prefilled=record["prefilled"],
+        temperature=record["temperature"],
         node=record["node"],
         checkpoint_ns=record["checkpoint_ns"],
         step=record["step"],
+        send=record["send"],
+        thread=record["thread"],
         tags=tuple(record["tags"]),
+        tool_calls=tuple(record["tool_calls"]),
         timings=record["timings"],
+        reward=record["reward"],
+        excluded=record["excluded"],
     )

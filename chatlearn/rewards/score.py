@@ -12,13 +12,13 @@ from typing import Any
 
 from chatlearn.errors import JudgeError, boundary
 from chatlearn.rewards.registry import RewardFunction, describe
-from chatlearn.types import Message, Task, Trajectory
+from chatlearn.types import Message, Score, Task, Trajectory
+
+_RETURNS = "a reward function returns a number, (number, {name: number}) or a chatlearn.types.Score"
 
 
-async def score(
-    function: RewardFunction, *, trajectory: Trajectory, task: Task
-) -> tuple[float, dict[str, float]]:
-    """Reward and metrics of one trajectory. The trajectory is not changed.
+async def score(function: RewardFunction, *, trajectory: Trajectory, task: Task) -> Score:
+    """Reward, metrics and rewards of parts of one trajectory, which is not changed.
 
     The function is called with keywords: ``response``, ``messages``, ``ground_truth``,
     ``data_source``, ``trajectory``, ``prompt``, ``uid``, ``agent_name``, ``agent_cfg_path`` and
@@ -28,7 +28,7 @@ async def score(
 
     Raises:
         JudgeError: it asks for a parameter nobody supplies, raises, or returns something that is
-            not a finite number or ``(number, {name: number})``.
+            not a finite number, ``(number, {name: number})`` or a ``Score`` of finite numbers.
     """
     where = f"reward {describe(function)} of task {task.uid}"
     arguments = _select(function, _supply(trajectory, task), where)
@@ -116,20 +116,39 @@ def _is_async(function: RewardFunction) -> bool:
     )
 
 
-def _checked(result: Any, where: str) -> tuple[float, dict[str, float]]:
-    if not isinstance(result, tuple):
-        return _number(result, result, where), {}
-    if len(result) != 2 or not isinstance(result[1], dict):
-        raise JudgeError(f"{where} {_returned(result)}; a tuple is (number, {{name: number}})")
-    metrics = {}
-    for name, value in result[1].items():
-        if not isinstance(name, str):
-            raise JudgeError(f"{where} {_returned(result)}; metrics are {{name: number}}")
-        metrics[name] = _number(value, result, where)
-    return _number(result[0], result, where), metrics
+def _checked(result: Any, where: str) -> Score:
+    """``result`` as a ``Score`` of Python floats."""
+    if isinstance(result, Score):
+        found = result
+    elif not isinstance(result, tuple):
+        found = Score(result)
+    elif len(result) == 2:
+        found = Score(*result)
+    else:
+        raise JudgeError(f"{where} {_returned(result)}; {_RETURNS}")
+    try:
+        return Score(
+            _number(found.reward, "reward"),
+            _numbers(found.metrics, "metrics", (str,)),
+            _numbers(found.node_rewards, "node_rewards", (str,)),
+            _numbers(found.turn_rewards, "turn_rewards", (int, str)),
+        )
+    except ValueError as error:
+        raise JudgeError(f"{where} {_returned(result)}; {error}; {_RETURNS}") from None
 
 
-def _number(value: Any, result: Any, where: str) -> float:
+def _numbers(values: Any, name: str, kinds: tuple[type, ...]) -> dict[Any, float]:
+    """A dictionary of finite floats whose keys are of ``kinds``."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} is no dictionary but {_short(values)}")
+    for key in values:
+        if not isinstance(key, kinds) or isinstance(key, bool):
+            words = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{name} has the key {_short(key)}, which is no {words}")
+    return {key: _number(value, f"{name}[{_short(key)}]") for key, value in values.items()}
+
+
+def _number(value: Any, name: str) -> float:
     """``value`` as a finite float: Python, numpy and one-element tensors, but never text."""
     number = None
     if hasattr(type(value), "__float__") and not isinstance(value, str):
@@ -138,11 +157,15 @@ def _number(value: Any, result: Any, where: str) -> float:
         except (TypeError, ValueError, OverflowError, RuntimeError):
             number = None
     if number is None or not math.isfinite(number):
-        raise JudgeError(f"{where} {_returned(result)}; a reward or metric is a finite number")
+        raise ValueError(f"{name} is no finite number but {_short(value)}")
     return number
 
 
 def _returned(result: Any) -> str:
+    return f"returned {_short(result)} ({type(result).__name__})"
+
+
+def _short(value: Any) -> str:
     short = reprlib.Repr()  # cuts long values, and survives a __repr__ that raises
     short.maxother = short.maxstring = 200
-    return f"returned {short.repr(result)} ({type(result).__name__})"
+    return short.repr(value)

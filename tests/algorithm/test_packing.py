@@ -16,7 +16,7 @@ def sample(length: int, trained: int = 1, name: str = "g/0", weight: float = 1.0
     on = [i >= length - trained for i in range(length)]
     numbers = [float(first + i) if o else 0.0 for i, o in enumerate(on)]
     ids = list(range(first, first + length))
-    return Sample(ids, on, [-n for n in numbers], numbers, weight, name)
+    return Sample(ids, on, [-n for n in numbers], numbers, weight=weight, trajectory=name)
 
 
 def test_two_samples_in_one_row():
@@ -24,13 +24,16 @@ def test_two_samples_in_one_row():
     samples   [10 11 12]  [20 21]        weights 1 and 2
     packed     10 11 12    20 21
     """
-    [batch] = pack([sample(2, 1, weight=2.0, first=20), sample(3, 2, first=10)], max_tokens=5)
+    second = sample(2, 1, weight=2.0, first=20)
+    second.temperatures = [1.0, 0.5]
+    [batch] = pack([second, sample(3, 2, first=10)], max_tokens=5)
     assert batch.token_ids.tolist() == [10, 11, 12, 20, 21]
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 1]
     assert batch.cu_seqlens.tolist() == [0, 3, 5]
     assert batch.loss_mask.tolist() == [False, True, True, False, True]
     assert batch.rollout_logprobs.tolist() == [0, -11, -12, 0, -21]
     assert batch.advantages.tolist() == [0, 11, 12, 0, 21]
+    assert batch.temperatures.tolist() == [1, 1, 1, 1, 0.5]
     assert batch.weights.tolist() == [1, 1, 1, 2, 2]
     assert batch.denominator == 1 + 1 + 2
     dtypes = (batch.token_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
@@ -46,6 +49,16 @@ def test_a_sample_above_the_limit_is_named():
     with pytest.raises(TrainerError) as caught:
         pack([sample(3), sample(9, name="train:4/1")], max_tokens=8)
     for word in ("train:4/1", "9", "8", "models.policy_trainer.max_token_in_packing"):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, 1e-60])
+def test_a_temperature_that_cannot_divide_is_named(temperature):
+    cold = sample(3, name="train:4/1")
+    cold.temperatures = [1.0, 1.0, temperature]
+    with pytest.raises(TrainerError) as caught:
+        pack([sample(3), cold], max_tokens=8)
+    for word in ("train:4/1", str(temperature), "models.policy.temperature"):
         assert word in str(caught.value)
 
 

@@ -9,13 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatlearn.algorithm.samples import to_samples
+from chatlearn.errors import TrainerError
 from chatlearn.types import Completion, StopReason, Trajectory, Turn
 
 
-def turn(id_, parent, prompt_ids, token_ids, versions=(0, 0)):
+def turn(id_, parent, prompt_ids, token_ids, versions=(0, 0), **fields):
     """A turn whose token n has rollout logprob -n: every number can be found again."""
     logprobs = [-float(t) for t in token_ids]
-    return Turn(id_, parent, prompt_ids, Completion(token_ids, logprobs, StopReason.STOP, versions))
+    completion = Completion(token_ids, logprobs, StopReason.STOP, versions)
+    return Turn(id_, parent, prompt_ids, completion, **fields)
 
 
 def trajectory(*turns):
@@ -44,6 +46,7 @@ def test_two_turns_in_a_line_are_one_row():
     assert sample.rollout_logprobs == [0, 0, 0, -4, -5, 0, -7]
     assert sample.advantages == [0, 0, 0, 0.5, 0.5, 0, 0.5]
     assert (sample.weight, sample.trajectory, sample.min_version) == (1.0, "g/0", 3)
+    assert sample.temperatures == [1.0] * 7
 
 
 def test_a_fork_trains_the_shared_turn_once():
@@ -108,6 +111,98 @@ def test_an_empty_completion_leaves_no_trailing_context_and_no_empty_row():
     assert to_samples(trajectory(), 1.0) == []
 
 
+def test_an_excluded_turn_in_the_middle_is_context():
+    """
+    turn 0 ── turn 1 ── turn 2     1 [2] 3  4  5 [6]
+             excluded              .  x  .  .  .  x
+    """
+    [row] = to_samples(
+        trajectory(
+            turn(0, None, [1], [2], versions=(5, 5)),
+            turn(1, 0, [1, 2, 3], [4], versions=(1, 1), excluded="not trainable", temperature=0.0),
+            turn(2, 1, [1, 2, 3, 4, 5], [6], versions=(6, 6)),
+        ),
+        0.5,
+    )
+    assert (row.token_ids, mask(row)) == ([1, 2, 3, 4, 5, 6], ".x...x")
+    assert row.advantages == [0, 0.5, 0, 0, 0, 0.5]
+    assert row.rollout_logprobs == [0, -2, 0, 0, 0, -6]
+    # greedy and old as it is, nothing of it is trained
+    assert (row.temperatures, row.min_version) == ([1.0] * 6, 5)
+
+
+def test_an_excluded_leaf_is_not_there():
+    """A call that was tried again, and one of a node that is not trained.
+
+    turn 0 ─┬─ turn 1 superseded        no row
+            ├─ turn 2                   1 [2] 4 [5]        . x . x
+            └─ turn 3 ── turn 4         1  2  6 [7]        . . . x       turn 4 is excluded
+    """
+    rows = to_samples(
+        trajectory(
+            turn(0, None, [1], [2]),
+            turn(1, 0, [1, 2, 3], [9, 9], excluded="superseded"),
+            turn(2, 0, [1, 2, 4], [5]),
+            turn(3, 0, [1, 2, 6], [7]),
+            turn(4, 3, [1, 2, 6, 7, 8], [9], excluded="node judge is not trained"),
+        ),
+        1.0,
+    )
+    assert [(r.token_ids, mask(r)) for r in rows] == [
+        ([1, 2, 4, 5], ".x.x"),
+        ([1, 2, 6, 7], "...x"),
+    ]
+    assert to_samples(trajectory(turn(0, None, [1], [2], excluded="superseded")), 1.0) == []
+
+
+def test_a_turn_with_a_reward_of_its_own_has_its_own_advantage():
+    """
+    turn 0 ─┬─ turn 1      1 [2] 3 [4 5]      advantages   . R . A A       R of the run
+            └─ turn 2      1  2  6 [7]                     . . . B
+    """
+    first, second = to_samples(
+        trajectory(
+            turn(0, None, [1], [2]), turn(1, 0, [1, 2, 3], [4, 5]), turn(2, 0, [1, 2, 6], [7])
+        ),
+        0.5,
+        own={1: -1.0, 2: 0.25},
+    )
+    assert first.advantages == [0, 0.5, 0, -1, -1]
+    assert second.advantages == [0, 0, 0, 0.25]
+
+
+def test_each_token_keeps_the_temperature_it_was_sampled_at():
+    """
+    turn 0 at 0.7 ─┬─ turn 1 at 1.2    1 [2] 3 [4 5]     1 0.7 1 1.2 1.2
+                   └─ turn 2 at 0.4    1  2  6 [7]       1  1  1 0.4
+    """
+    first, second = to_samples(
+        trajectory(
+            turn(0, None, [1], [2], temperature=0.7),
+            turn(1, 0, [1, 2, 3], [4, 5], temperature=1.2),
+            turn(2, 0, [1, 2, 6], [7], temperature=0.4),
+        ),
+        1.0,
+    )
+    assert first.temperatures == [1, 0.7, 1, 1.2, 1.2]
+    assert second.temperatures == [1, 1, 1, 0.4]
+
+
+def test_greedy_tokens_are_refused_by_name():
+    cold = turn(3, None, [1], [2], temperature=0.0, checkpoint_ns="team:4f|writer:77")
+    with pytest.raises(
+        TrainerError, match=r"Turn 3 \(node 'team/writer'\) .*'g/0'.*models\.policy\.temperature"
+    ):
+        to_samples(trajectory(cold), 1.0)
+    cold.completion = Completion([], [], StopReason.ABORT, (0, 0))
+    assert to_samples(trajectory(cold), 1.0) == []
+
+
+def test_an_advantage_for_no_turn_is_our_bug():
+    with pytest.raises(AssertionError, match=r"g/0 has no turns \[7\]"):
+        to_samples(trajectory(turn(0, None, [1], [2])), 1.0, own={7: 1.0})
+
+
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
@@ -135,23 +230,39 @@ def trees(draw):
         new = [next(fresh) for _ in range(draw(st.integers(0, 3)))]
         sampled = [next(fresh) for _ in range(draw(st.integers(0, 4)))]
         version = draw(st.integers(0, 5))
-        turns.append(turn(id_, parent, history + new, sampled, versions=(version, version)))
+        fields = {
+            "versions": (version, version),
+            "temperature": draw(st.sampled_from([1.0, 0.7, 1.3])),
+            "excluded": draw(st.sampled_from(["", "", "superseded", "not trained"])),
+        }
+        turns.append(turn(id_, parent, history + new, sampled, **fields))
     return Trajectory(turns=draw(st.permutations(turns)), uid="g/0")
 
 
-@settings(max_examples=300, deadline=None)
-@given(trees())
-def test_every_sampled_token_is_trained_in_exactly_one_place(tree):
-    rows = to_samples(tree, 2.0)
+@settings(max_examples=500, deadline=None)
+@given(trees(), st.data())
+def test_every_sampled_token_is_trained_in_exactly_one_place(tree, data):
+    """But those of excluded turns in none."""
+    ids = [turn_.id for turn_ in tree.turns]
+    own = data.draw(st.dictionaries(st.sampled_from(ids), st.floats(-2, 2))) if ids else {}
+    rows = to_samples(tree, 2.0, own)
     trained = Counter(t for r in rows for t, on in zip(r.token_ids, r.loss_mask, strict=True) if on)
-    sampled = Counter(t for turn_ in tree.turns for t in turn_.completion.token_ids)
-    assert trained == sampled
+    origin = {t: turn_ for turn_ in tree.turns for t in turn_.completion.token_ids}
+    assert trained == Counter(t for t, turn_ in origin.items() if not turn_.excluded)
 
-    paths = [turn_.token_ids for turn_ in tree.turns]
+    paths = [turn_.token_ids for turn_ in tree.turns if not turn_.excluded]
+    ends = [row.token_ids[-1] for row in rows]
+    assert len(rows) == len(set(ends))
     for row in rows:
         assert row.token_ids in paths  # law 1: a row is what the engine had, token for token
         assert row.loss_mask[-1]
-        for t, on, logprob, advantage in zip(
-            row.token_ids, row.loss_mask, row.rollout_logprobs, row.advantages, strict=True
-        ):
-            assert (logprob, advantage) == ((-t, 2.0) if on else (0.0, 0.0))
+        assert sum(end in row.token_ids for end in ends) == 1  # no row is the beginning of another
+        versions = [origin[t].completion.versions[0] for t in row.token_ids if t in origin]
+        assert row.min_version in versions
+        columns = (row.rollout_logprobs, row.advantages, row.temperatures)
+        for t, on, *numbers in zip(row.token_ids, row.loss_mask, *columns, strict=True):
+            if on:
+                source = origin[t]
+                assert numbers == [-t, own.get(source.id, 2.0), source.temperature]
+            else:
+                assert numbers == [0.0, 0.0, 1.0]

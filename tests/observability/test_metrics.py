@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from chatlearn.observability.metrics import eval_metrics, merge_steps, rollout_metrics
-from chatlearn.types import Completion, Group, Outcome, StopReason, Task, Trajectory, Turn
+from chatlearn.types import Completion, Fork, Group, Outcome, StopReason, Task, Trajectory, Turn
 
 
 def task(name: str, source: str = "unit") -> Task:
@@ -66,12 +66,120 @@ def test_rollout_metrics_of_a_drawn_episode() -> None:
         "tokens/generated": 24.0,
         "turns/mean": pytest.approx(6 / 5),
         "turns/max": 2.0,
+        "turns/forks": 0.0,
+        "turns/superseded": 0.0,
+        "turns/excluded": 0.0,
+        "tokens/excluded": 0.0,
         "tools/calls": 6.0,
         "tools/errors": 0.0,
         "response/truncated_fraction": pytest.approx(1 / 3),
         "response/tokens_mean": 5.0,
         "response/tokens_max": 10.0,
         "agent/answered": 0.5,
+    }
+
+
+def said(tokens: int, path: str = "", cut: bool = False, **fields: object) -> Turn:
+    """A turn of node ``path`` that sampled ``tokens``."""
+    stop = StopReason.LENGTH if cut else StopReason.STOP
+    completion = Completion([5] * tokens, [-1.0] * tokens, stop, (0, 0))
+    names = "|".join(f"{name}:4f2a" for name in path.split("/")) if path else ""
+    return Turn(0, None, [1], completion, checkpoint_ns=names, **fields)
+
+
+def drawn() -> list[Group]:
+    """One group of three; x failed, so that nothing of it is trained.
+
+    ::
+
+        run 0, reward 1   plan 4 ─┬─ team/write 3 (superseded)
+                                  ├─ team/write 5 (branch)            own reward 0.25
+                                  └─ judge 2 (fresh, not trained)
+        run 1, reward 0   plan 6 (cut) ── team/write 7 (branch)       own reward 0.5
+        run x             plan 9 (edited) ── 1, outside of a graph
+    """
+    runs = [
+        [
+            said(4, "plan"),
+            said(3, "team/write", excluded="superseded"),
+            said(5, "team/write", fork=Fork.BRANCH, reward=0.25),
+            said(2, "judge", fork=Fork.FRESH, excluded="node judge is not trained"),
+        ],
+        [
+            said(6, "plan", cut=True),
+            said(7, "team/write", fork=Fork.BRANCH, reward=0.5),
+        ],
+        [said(9, "plan", fork=Fork.EDITED), said(1)],
+    ]
+    return [
+        Group(
+            task("a"),
+            [
+                Trajectory(turns=runs[0], reward=1.0),
+                Trajectory(turns=runs[1], reward=0.0),
+                Trajectory(turns=runs[2], reward=5.0, outcome=Outcome.AGENT_ERROR),
+            ],
+        )
+    ]
+
+
+def test_forks_and_excluded_turns_are_counted() -> None:
+    metrics = rollout_metrics(drawn())
+    assert {k: v for k, v in metrics.items() if k.startswith(("turns/", "tokens/"))} == {
+        "turns/mean": pytest.approx(8 / 3),
+        "turns/max": 4.0,
+        "turns/forks": 4.0,
+        "turns/forks_branch": 2.0,
+        "turns/forks_edited": 1.0,
+        "turns/forks_fresh": 1.0,
+        "turns/superseded": 1.0,
+        "turns/excluded": 2.0,
+        "tokens/generated": 37.0,
+        "tokens/excluded": 5.0,
+    }
+
+
+def test_each_node_has_numbers_of_its_own() -> None:
+    metrics = rollout_metrics(drawn())
+    assert {k: v for k, v in metrics.items() if k.startswith("node/")} == {
+        "node/plan/turns": 3.0,
+        "node/plan/tokens": 19.0,
+        "node/plan/tokens_trained": 10.0,
+        "node/plan/reward": 0.5,  # of the runs; the failed one's says nothing
+        "node/plan/truncated_fraction": pytest.approx(1 / 3),
+        "node/team/write/turns": 3.0,
+        "node/team/write/tokens": 15.0,
+        "node/team/write/tokens_trained": 12.0,
+        "node/team/write/reward": 0.375,  # its own two
+        "node/team/write/truncated_fraction": 0.0,
+        "node/judge/turns": 1.0,
+        "node/judge/tokens": 2.0,
+        "node/judge/tokens_trained": 0.0,
+        "node/judge/reward": 1.0,  # of the one run that came to it
+        "node/judge/truncated_fraction": 0.0,
+    }
+
+
+def test_a_node_of_failed_runs_has_no_reward() -> None:
+    failed = Trajectory(turns=[said(2, "plan")], outcome=Outcome.TIMEOUT)
+    metrics = rollout_metrics([Group(task("a"), [failed])])
+    assert {k: v for k, v in metrics.items() if k.startswith("node/")} == {
+        "node/plan/turns": 1.0,
+        "node/plan/tokens": 2.0,
+        "node/plan/tokens_trained": 0.0,
+        "node/plan/truncated_fraction": 0.0,
+    }
+
+
+def test_an_evaluation_counts_turns_and_tokens_of_nodes() -> None:
+    metrics = eval_metrics(drawn(), k=3)
+    assert {k: v for k, v in metrics.items() if k.startswith("eval/node/")} == {
+        "eval/node/plan/turns": 3.0,
+        "eval/node/plan/tokens": 19.0,
+        "eval/node/team/write/turns": 3.0,
+        "eval/node/team/write/tokens": 15.0,
+        "eval/node/judge/turns": 1.0,
+        "eval/node/judge/tokens": 2.0,
     }
 
 

@@ -23,6 +23,7 @@ from chatlearn.observability.rollout_files import read_rollouts
 from chatlearn.observability.run_folder import RunFolder
 from chatlearn.types import (
     Completion,
+    Fork,
     Group,
     Outcome,
     Sample,
@@ -361,16 +362,32 @@ def example() -> tuple[Group, dict[str, float], list[Sample]]:
         return Completion(ids, [-0.1 * i for i in ids], stop, (version, version + 1))
 
     turns = [
-        Turn(0, None, [1, 2], completion([3, 4], StopReason.STOP, 4), "agent", "", 1),
-        Turn(1, 0, [1, 2, 3, 4, 5], completion([6], StopReason.LENGTH, 5), "agent", "sub:1", 2),
+        Turn(0, None, [1, 2], completion([3, 4], StopReason.STOP, 4), node="agent", step=1),
+        Turn(
+            1,
+            0,
+            [1, 2, 3, 4, 5],
+            completion([6], StopReason.LENGTH, 5),
+            temperature=0.1 + 0.2,
+            node="agent",
+            checkpoint_ns="sub:1",
+            step=2,
+            send=3,
+            thread="t-1",
+            tool_calls=("add", ""),
+            reward=0.1 + 0.7,
+        ),
         Turn(
             2,
             0,
             [1, 2, 3, 4, 7],
             completion([8, 9], StopReason.STOP, 6),
-            "critic",
+            fork=Fork.BRANCH,
+            prefilled=1,
+            node="critic",
             step=2,
             tags=("judge",),
+            excluded="superseded",
             timings={"engine_s": 0.25},
         ),
     ]
@@ -382,7 +399,7 @@ def example() -> tuple[Group, dict[str, float], list[Sample]]:
         {"answered": 1.0},
         None,
         [*task.messages, {"role": "assistant", "content": "4"}],
-        "e3:train:17/0.0",
+        uid="e3:train:17/0.0",
     )
     failed = Trajectory(task, [], None, Outcome.AGENT_ERROR, error="boom", uid="e3:train:17/1.0")
     samples = [
@@ -391,6 +408,7 @@ def example() -> tuple[Group, dict[str, float], list[Sample]]:
             [False, False, True, True, False, True],
             [0.0, 0.0, -0.3, -0.4, 0.0, -0.6],
             [0.0, 0.0, 0.5, 0.5, 0.0, 0.5],
+            [1.0] * 5 + [0.1 + 0.2],
             0.2,
             good.uid,
             4,
@@ -400,6 +418,7 @@ def example() -> tuple[Group, dict[str, float], list[Sample]]:
             [False] * 5 + [True] * 2,
             [0.0] * 5 + [-0.8, -0.9],
             [0.0] * 5 + [0.5] * 2,
+            [1.0] * 5 + [0.7] * 2,
             0.2,
             good.uid,
             6,
@@ -433,18 +452,58 @@ def test_rollout_lines_have_the_promised_keys(tmp_path: Path) -> None:
     assert record["turns"][1] == {
         "id": 1,
         "parent": 0,
+        "fork": None,
         "node": "agent",
         "checkpoint_ns": "sub:1",
         "step": 2,
+        "send": 3,
+        "thread": "t-1",
         "tags": [],
+        "temperature": 0.30000000000000004,
         "prompt_ids": [1, 2, 3, 4, 5],
+        "prefilled": 0,
         "completion_ids": [6],
         "logprobs": [-0.6000000000000001],
         "stop": "length",
         "versions": [5, 6],
+        "tool_calls": ["add", ""],
+        "reward": 0.7999999999999999,
+        "excluded": "",
         "timings": {},
     }
+    assert [record["turns"][2][key] for key in ("fork", "prefilled", "excluded")] == [
+        "branch",
+        1,
+        "superseded",
+    ]
     assert record["samples"][0]["loss_mask"] == [0, 0, 1, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("temperatures", "written"),
+    [
+        ([1.0, 1.0, 1.0, 1.0], None),
+        ([1.0, 0.7, 1.0, 0.7], 0.7),
+        ([1.0, 0.7, 1.0, 1.0], [1.0, 0.7, 1.0, 1.0]),
+        ([1.0, 0.7, 1.0, 0.2], [1.0, 0.7, 1.0, 0.2]),
+        ([0.7, 0.7, 0.7, 0.7], [0.7, 0.7, 0.7, 0.7]),
+        ([0.5, 1.0, 1.0, 1.0], [0.5, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_one_temperature_is_one_number(
+    tmp_path: Path, temperatures: list[float], written: float | list[float] | None
+) -> None:
+    """
+    loss mask   . x . x
+    """
+    group, advantages, _ = example()
+    uid = group.trajectories[0].uid
+    zeros = [0.0] * 4
+    sample = Sample([1, 2, 3, 4], [False, True] * 2, zeros, zeros, temperatures, trajectory=uid)
+    with open_run(tmp_path) as run:
+        path = run.write_rollouts(3, [group], advantages, [sample])
+    assert read_records(path)[0]["samples"][0].get("temperatures") == written
+    assert read_rollouts(path)[0].samples == [sample]
 
 
 def test_a_sample_without_its_trajectory_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from chatlearn.errors import EngineError, JudgeError
 from chatlearn.rewards import final_response, score
-from chatlearn.types import Task, Trajectory
+from chatlearn.types import Score, Task, Trajectory
 
 MESSAGES = [
     {"role": "user", "content": "Compute 3*4."},
@@ -37,7 +37,7 @@ async def test_a_function_gets_the_parameters_it_declares():
         assert absent == "default"
         return float(response == ground_truth) + level
 
-    assert await scored(mine) == (6.0, {})
+    assert await scored(mine) == Score(6.0)
 
 
 async def test_a_function_with_kwargs_gets_everything():
@@ -85,11 +85,11 @@ async def test_coroutine_functions_run_in_the_loop_and_plain_ones_beside_it():
     def in_thread(**_):
         return float(threading.current_thread() is loop_thread)
 
-    assert (await scored(in_loop))[0] == 1.0
-    assert (await scored(Judge()))[0] == 1.0
-    assert (await scored(functools.partial(in_loop, weight=2)))[0] == 1.0
-    assert (await scored(lambda response: in_loop()))[0] == 1.0, "a plain function may return one"
-    assert (await scored(in_thread))[0] == 0.0
+    assert (await scored(in_loop)).reward == 1.0
+    assert (await scored(Judge())).reward == 1.0
+    assert (await scored(functools.partial(in_loop, weight=2))).reward == 1.0
+    assert (await scored(lambda response: in_loop())).reward == 1.0, "a plain one may return one"
+    assert (await scored(in_thread)).reward == 0.0
 
 
 async def test_plain_functions_do_not_hold_the_loop_up_and_see_its_context():
@@ -102,7 +102,7 @@ async def test_plain_functions_do_not_hold_the_loop_up_and_see_its_context():
 
     async def one(number):
         run.set(number)
-        return (await scored(meets))[0]
+        return (await scored(meets)).reward
 
     assert await asyncio.gather(one(1), one(2), one(3)) == [1.0, 2.0, 3.0]
 
@@ -120,9 +120,13 @@ async def test_plain_functions_do_not_hold_the_loop_up_and_see_its_context():
     ],
 )
 async def test_numbers_of_any_kind_are_rewards(result, reward):
-    value, metrics = await scored(lambda: result)
-    assert (value, type(value), metrics) == (reward, float, {})
-    assert await scored(lambda: (result, {"m": result})) == (reward, {"m": reward})
+    found = await scored(lambda: result)
+    assert (found, type(found.reward)) == (Score(reward), float)
+    assert await scored(lambda: (result, {"m": result})) == Score(reward, {"m": reward})
+    parts = Score(result, {"m": result}, {"team/*": result}, {3: result, "run-1": result})
+    found = await scored(lambda: parts)
+    assert found == Score(reward, {"m": reward}, {"team/*": reward}, {3: reward, "run-1": reward})
+    assert type(found.node_rewards["team/*"]) is type(found.turn_rewards[3]) is float
 
 
 @pytest.mark.parametrize(
@@ -148,6 +152,9 @@ async def test_numbers_of_any_kind_are_rewards(result, reward):
         (1.0, {"m": None}),
         (1.0, {"m": float("nan")}),
         (1.0, {3: 1.0}),
+        (Score(1.0), {}),
+        Score(None),
+        Score(float("nan")),
     ],
 )
 async def test_everything_else_is_a_judge_error_and_never_zero(result):
@@ -156,6 +163,26 @@ async def test_everything_else_is_a_judge_error_and_never_zero(result):
 
     with pytest.raises(JudgeError, match=r"(?s)my_judge of task d:0 returned .*number"):
         await scored(my_judge)
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (Score(None, {}, {"n": 1.0}), "reward is no finite number but None"),
+        (Score(1.0, {"m": "1"}), r"metrics\['m'\] is no finite number but '1'"),
+        (Score(1.0, {}, {"n": float("inf")}), r"node_rewards\['n'\] is no finite number but inf"),
+        (Score(1.0, {}, {3: 1.0}), "node_rewards has the key 3, which is no str"),
+        (Score(1.0, {}, [1.0]), r"node_rewards is no dictionary but \[1.0\]"),
+        (Score(1.0, {}, {}, {0: None}), r"turn_rewards\[0\] is no finite number but None"),
+        (Score(1.0, {}, {}, {0.5: 1.0}), "turn_rewards has the key 0.5, which is no int or str"),
+        (Score(1.0, {}, {}, {True: 1.0}), "turn_rewards has the key True, which is no int or str"),
+        ((1.0, None), "metrics is no dictionary but None"),
+        ((1.0, {}, {}), "returns a number"),
+    ],
+)
+async def test_a_wrong_part_is_named(result, words):
+    with pytest.raises(JudgeError, match=f"task d:0 returned .*{words}.*a chatlearn.types.Score$"):
+        await scored(lambda: result)
 
 
 class Unprintable:
@@ -185,7 +212,7 @@ async def test_what_user_code_raises_is_a_judge_error_with_its_traceback(error, 
         JudgeError, match=r"coroutine of task d:0 raised ValueError[\s\S]*raise Val"
     ):
         await scored(coroutine)
-    with pytest.raises(JudgeError, match=r"returned <Unprintable instance .*finite number"):
+    with pytest.raises(JudgeError, match=r"returned <Unprintable instance .*finite number but"):
         await scored(lambda: Unprintable())
 
 

@@ -6,8 +6,9 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from chatlearn.errors import AgentError, ConfigError, boundary
@@ -110,10 +111,14 @@ class AgentFactory:
     Args:
         llm: the policy's chat model.
         tokenizer: its tokenizer.
+        auxiliary_models: frozen models, by name.
     """
 
-    def __init__(self, llm: Any, tokenizer: Any) -> None:
+    def __init__(
+        self, llm: Any, tokenizer: Any, auxiliary_models: Mapping[str, Any] | None = None
+    ) -> None:
         self._llm = llm
+        self._auxiliary_models = MappingProxyType(dict(auxiliary_models or {}))
         self._tokenizer = tokenizer
         self._agents: dict[tuple[str, str | None], tuple[BaseAgentGraph, str | None]] = {}
 
@@ -131,7 +136,9 @@ class AgentFactory:
             found = agent_class(agent_name)
             cfg, reward_fn = load_agent_cfg(agent_cfg_path, found)
             with boundary(AgentError, f"building agent {agent_name!r} ({_origin(found)})"):
-                agent = found(
+                agent = found.__new__(found)
+                agent.auxiliary_models = self._auxiliary_models  # before a constructor builds
+                agent.__init__(
                     agent_name=agent_name,
                     cfg=cfg,
                     llm=self._llm,

@@ -6,7 +6,7 @@ import asyncio
 import copy
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from langchain_core.messages import BaseMessage, convert_to_messages
@@ -16,7 +16,8 @@ from chatlearn.errors import AgentError, ChatLearnError, EngineError, JudgeError
 from chatlearn.interfaces import Engine
 from chatlearn.models.agent.base_agent_graph import BaseAgentGraph
 from chatlearn.models.agent.messages import to_openai
-from chatlearn.models.agent.recorder import BudgetExhausted, Run, set_current_run
+from chatlearn.models.agent.node_patterns import matches
+from chatlearn.models.agent.run import BudgetExhausted, Run, set_current_run
 from chatlearn.rewards.registry import RewardFunction
 from chatlearn.rewards.score import score
 from chatlearn.types import (
@@ -41,11 +42,17 @@ async def run_agent(
     session: Session,
     reward_function: RewardFunction | None,
     timeout_s: float,
+    trainable_nodes: Sequence[str] = ("*",),
+    train_orphans: bool = False,
 ) -> Trajectory:
     """Run ``agent`` on ``task`` and score it.
 
     Whatever the agent, the engine or the judge do, a trajectory with an ``outcome`` is returned;
     only a fault of this package raises. The engine forgets the session at the end.
+
+    Args:
+        trainable_nodes: patterns; turns of other nodes are context (``Turn.excluded``).
+        train_orphans: also train calls that a retry superseded.
     """
     run = Run(
         session=session,
@@ -53,6 +60,9 @@ async def run_agent(
         sampling=sampling,
         budget=budget,
         loop=asyncio.get_running_loop(),
+        agent_name=task.agent_name,
+        trainable_nodes=tuple(trainable_nodes),
+        train_orphans=train_orphans,
     )
     trajectory = Trajectory(task=task, uid=str(session))
     started = time.perf_counter()
@@ -65,6 +75,7 @@ async def run_agent(
             f"agent {task.agent_name!r} took longer than runtime_args.agent_timeout_s={timeout_s}"
         )
     finally:
+        run.is_over = True
         await engine.abort(session)
     _finish(trajectory, run, time.perf_counter() - started)
     return trajectory
@@ -107,18 +118,30 @@ async def _run_and_score(
     trajectory.turns = run.recorder.turns
     if not trajectory.messages:
         trajectory.messages = [to_openai(m) for m in run.recorder.conversation]
+    _exclude(run)
     _settle(trajectory, run, where)
-    if not trajectory.outcome.is_trainable or trajectory.reward is not None:
-        return
+    if trajectory.outcome.is_trainable and trajectory.reward is None:
+        await _score(trajectory, task, reward_function, where)
+    if trajectory.outcome.is_trainable:
+        try:
+            _reward_turns(trajectory, run, where)
+        except AgentError as error:
+            trajectory.outcome, trajectory.error = Outcome.AGENT_ERROR, str(error)
+
+
+async def _score(
+    trajectory: Trajectory, task: Task, reward_function: RewardFunction | None, where: str
+) -> None:
     if reward_function is None:
         trajectory.outcome = Outcome.JUDGE_ERROR
         trajectory.error = f"{where} returned no reward, and no reward function is named for it"
     else:
         try:
-            trajectory.reward, metrics = await score(
-                reward_function, trajectory=trajectory, task=task
-            )
-            trajectory.metrics.update(metrics)
+            scored = await score(reward_function, trajectory=trajectory, task=task)
+            trajectory.reward = scored.reward
+            trajectory.metrics.update(scored.metrics)
+            trajectory.node_rewards = {**scored.node_rewards, **trajectory.node_rewards}
+            trajectory.turn_rewards = {**scored.turn_rewards, **trajectory.turn_rewards}
         except JudgeError as error:
             trajectory.outcome, trajectory.error = Outcome.JUDGE_ERROR, str(error)
 
@@ -149,9 +172,11 @@ def _read_output(output: Any, trajectory: Trajectory, where: str) -> None:
     ``AgentGraphOutput``."""
     if isinstance(output, Trajectory):
         messages, reward, metrics = output.messages, output.reward, output.metrics
+        by_node, by_turn = output.node_rewards, output.turn_rewards
     elif isinstance(output, Mapping):
         messages = output.get("messages") or []
         reward, metrics = output.get("reward"), output.get("metrics")
+        by_node, by_turn = output.get("node_rewards"), output.get("turn_rewards")
     else:
         raise AgentError(
             f"{where} returned {type(output).__name__}; run() must return the graph's final state "
@@ -161,6 +186,13 @@ def _read_output(output: Any, trajectory: Trajectory, where: str) -> None:
         trajectory.reward = _number(reward, f"the reward {where} returned")
     for key, value in (metrics or {}).items():
         trajectory.metrics[str(key)] = _number(value, f"the metric {key!r} {where} returned")
+    for key, value in (by_node or {}).items():
+        what = f"the reward of node {key!r} {where} returned"
+        trajectory.node_rewards[str(key)] = _number(value, what)
+    for key, value in (by_turn or {}).items():
+        trajectory.turn_rewards[key] = _number(
+            value, f"the reward of turn {key!r} {where} returned"
+        )
     trajectory.messages = _openai_messages(messages, where)
 
 
@@ -168,6 +200,8 @@ def _openai_messages(messages: Any, where: str) -> list[Message]:
     if isinstance(messages, BaseMessage | str):
         messages = [messages]
     with boundary(AgentError, f"reading the messages {where} returned"):
+        # clients leave out what is null, as the content of a message that only calls tools
+        messages = [{"content": "", **m} if isinstance(m, dict) else m for m in messages]
         return [to_openai(m) for m in convert_to_messages(messages)]
 
 
@@ -181,6 +215,35 @@ def _number(value: Any, what: str) -> float:
     return number
 
 
+def _exclude(run: Run) -> None:
+    """Say of every turn that is not trained why it is not."""
+    for turn, caller in zip(run.recorder.turns, run.recorder.callers, strict=True):
+        if turn.excluded:
+            continue
+        if not run.train_orphans and run.attempts.is_superseded(caller):
+            turn.excluded = "superseded"
+        elif not any(matches(p, run.agent_name, turn.path) for p in run.trainable_nodes):
+            turn.excluded = f"node {turn.path!r} is not in models.policy.trainable_nodes"
+
+
+def _reward_turns(trajectory: Trajectory, run: Run, where: str) -> None:
+    """Resolve ``turn_rewards``, then ``node_rewards``, into ``Turn.reward``."""
+    turns = trajectory.turns
+    for key, reward in trajectory.turn_rewards.items():
+        number = run.recorder.message_ids.get(key) if isinstance(key, str) else key
+        if not isinstance(number, int) or not 0 <= number < len(turns):
+            raise AgentError(
+                f"{where} gave a reward to turn {key!r}; name one of its turns 0 to "
+                f"{len(turns) - 1}, or the id of a message that self.llm returned"
+            )
+        turns[number].reward = reward
+    for pattern, reward in trajectory.node_rewards.items():
+        for turn in turns:
+            is_lost = turn.excluded == "superseded"
+            if turn.reward is None and not is_lost and matches(pattern, run.agent_name, turn.path):
+                turn.reward = reward
+
+
 def _settle(trajectory: Trajectory, run: Run, where: str) -> None:
     """What the recorder knows about the outcome that the graph's return does not say."""
     if run.engine_error is not None:
@@ -190,6 +253,10 @@ def _settle(trajectory: Trajectory, run: Run, where: str) -> None:
     elif not trajectory.turns:
         trajectory.outcome = Outcome.AGENT_ERROR
         trajectory.error = f"{where} ended without one call of self.llm: there is nothing to learn"
+    elif all(turn.excluded for turn in trajectory.turns):
+        trajectory.outcome = Outcome.AGENT_ERROR
+        reasons = ", ".join(sorted({turn.excluded for turn in trajectory.turns}))
+        trajectory.error = f"no turn of {where} is trained: {reasons}"
     elif run.recorder.exhausted or trajectory.turns[-1].completion.stop_reason is StopReason.LENGTH:
         trajectory.outcome = Outcome.TRUNCATED
     elif trajectory.turns[-1].completion.stop_reason is StopReason.ABORT:
@@ -197,7 +264,7 @@ def _settle(trajectory: Trajectory, run: Run, where: str) -> None:
 
 
 def _finish(trajectory: Trajectory, run: Run, seconds: float) -> None:
-    trajectory.turns = run.recorder.turns
+    trajectory.turns = list(run.recorder.turns)
     if not trajectory.outcome.is_trainable:
         trajectory.reward = None  # a failure is never a number (law 4)
     trajectory.metrics.update(
@@ -205,7 +272,6 @@ def _finish(trajectory: Trajectory, run: Run, seconds: float) -> None:
             "tool_calls": float(run.recorder.counts["tool_calls"]),
             "tool_errors": float(run.recorder.counts["tool_errors"]),
             "invalid_tool_calls": float(run.recorder.counts["invalid_tool_calls"]),
-            "forks": float(run.recorder.counts["forks"]),
         }
     )
     trajectory.metrics["seconds"] = seconds

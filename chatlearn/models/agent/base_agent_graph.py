@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+from langchain_core.language_models import BaseChatModel
 from langgraph.graph import StateGraph
 
 from chatlearn.errors import AgentError
 from chatlearn.models.agent.chat_model import CustomChatModel
+from chatlearn.models.agent.endpoint.door import Endpoint
 from chatlearn.types import Trajectory
 
 AgentGraphOutput = Trajectory
@@ -24,7 +28,11 @@ class BaseAgentGraph:
         llm: the policy, a LangChain chat model.
         cfg: the agent's YAML, see ``load_agent_cfg``; a nested class ``Config`` types it.
         tokenizer: tokenizer of the policy.
+        auxiliary_models: frozen models by name, from ``runtime_args.auxiliary_models``; none of
+            their tokens is trained.
     """
+
+    auxiliary_models: Mapping[str, BaseChatModel] = MappingProxyType({})
 
     def __init__(
         self,
@@ -60,7 +68,7 @@ class BaseAgentGraph:
 
         The default runs the graph on ``{"messages": kwargs["messages"]}``, and on the other columns
         that the graph's state declares, and returns its final state. A state that holds ``reward``
-        (a number) or ``metrics`` (a dict of numbers) sets them.
+        (a number), ``metrics``, ``node_rewards`` or ``turn_rewards`` (dicts of numbers) sets them.
         """
         state = {k: v for k, v in kwargs.items() if k in self._inputs}
         config = {"configurable": {"row": kwargs}}
@@ -68,10 +76,21 @@ class BaseAgentGraph:
             config["recursion_limit"] = int(limit)
         return await self.graph.ainvoke(state, config)
 
+    def endpoint(self) -> Endpoint:
+        """The policy behind OpenAI's API, for code that is not LangChain; inside a run only.
+
+        ``async with self.endpoint() as door:`` (``with`` in a thread) gives ``door.base_url``,
+        ``door.api_key`` and ``door.model``. See docs/endpoint.md.
+        """
+        return Endpoint(self.llm.policy)
+
     def convert_agent_graph_output(self, state: dict[str, Any]) -> AgentGraphOutput:
         """ChatLearn's last line of ``run``; the tokens are recorded, so only the reward is read."""
         return AgentGraphOutput(
-            reward=state.get("reward"), metrics=dict(state.get("metrics") or {})
+            reward=state.get("reward"),
+            metrics=dict(state.get("metrics") or {}),
+            node_rewards=dict(state.get("node_rewards") or {}),
+            turn_rewards=dict(state.get("turn_rewards") or {}),
         )
 
     def compile(self) -> None:

@@ -1,34 +1,37 @@
 """The LangChain face of the policy: ``self.llm`` of every agent.
 
 Each call finds out which recorded turn it continues, appends the tokens of only the new messages to
-the tokens held, asks the engine, and records the turn. Nothing of that hides in messages.
+the tokens held, asks the engine, and records the turn (``asking.py``). Nothing of that hides in
+messages. docs/langgraph.md has what works and what is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Sequence
-from dataclasses import replace
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
-from langchain_core.messages import AIMessage, BaseMessage, InvalidToolCall, ToolCall
-from langchain_core.messages.ai import UsageMetadata
-from langchain_core.outputs import ChatGeneration, ChatResult
-from langchain_core.runnables import Runnable
-from langchain_core.utils.function_calling import convert_to_openai_tool
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable, RunnableLambda
 from pydantic import ConfigDict, Field, PrivateAttr
 
-from chatlearn.errors import AgentError, EngineError
+from chatlearn.errors import AgentError
+from chatlearn.models.agent.asking import Policy, Position, ask
+from chatlearn.models.agent.chat import structured_output
+from chatlearn.models.agent.chat.bound_tools import called_tool, shown_tools
+from chatlearn.models.agent.chat.call_settings import SAMPLING, wish_of
+from chatlearn.models.agent.chat.message_chunks import cut, starting_call
 from chatlearn.models.agent.messages import to_openai
+from chatlearn.models.agent.parsers.segments import PlainParser
 from chatlearn.models.agent.prompt_builder import PromptBuilder
-from chatlearn.models.agent.recorder import BudgetExhausted, Run, current_run
-from chatlearn.models.agent.tool_parser import HermesParser, NoToolParser, ParsedText
-from chatlearn.types import Completion, SamplingParams, StopReason, Turn
+from chatlearn.models.agent.run import Run, current_run
+from chatlearn.types import Turn
 
-_FORCED = "tool_choice={!r} cannot be forced on the policy: its tokens are sampled, not edited"
+_TRACED = ("temperature", "max_tokens")
 
 
 class CustomChatModel(BaseChatModel):
@@ -38,33 +41,67 @@ class CustomChatModel(BaseChatModel):
     ``CustomChatModel(model=name, llm=self.llm, tokenizer=self.tokenizer)``, which also puts
     ``token_ids`` and ``loss_mask`` of the row so far into ``response_metadata``, as such code reads
     them.
+
+    Sampling fields (``temperature`` … ``seed``) are defaults of every call of this object; None is
+    as ``models.policy`` and ``node_sampling`` say. ``self.llm.model_copy(update={...})`` and
+    ``self.llm.bind(...)`` set them for a part of a graph.
+
+    Raises:
+        AgentError: a setting that cannot be, or a cache: what it answers was not sampled.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, populate_by_name=True)
+    model_config = ConfigDict(
+        arbitrary_types_allowed=True,
+        populate_by_name=True,
+        extra="forbid",
+        protected_namespaces=(),
+    )
 
     model_name: str = Field(default="policy", alias="model")
-    llm: Any = None
+    llm: Any = Field(default=None, repr=False)
     """The agent's ``self.llm``, for code written for ChatLearn; None for ``self.llm`` itself."""
-    tokenizer: Any = None
-    processor: Any = None
+    tokenizer: Any = Field(default=None, repr=False)
+    processor: Any = Field(default=None, repr=False)
     model_type: str = "llm"
-    prompts: Any = None
+    prompts: Any = Field(default=None, repr=False)
     """``PromptBuilder`` of the model."""
-    parser: HermesParser | NoToolParser | None = None
+    parser: Any = Field(default=None, repr=False)
+    """``ToolParser`` of the model."""
+    max_input_tokens: int | None = None
+    """Longest context, for ``profile``: middleware reads it to know when to summarise."""
+    temperature: Any = None
+    top_p: Any = None
+    top_k: Any = None
+    max_tokens: Any = None
+    seed: Any = None
+    stop: Any = None
+    streaming: bool | None = None
+    """True: ``invoke`` tells callbacks of chunks too; False: ``stream`` answers in one piece."""
+    cache: Any = False
+    """Never one. False also keeps LangChain's global cache (``set_llm_cache``) from answering."""
 
     _reads_token_metadata: bool = PrivateAttr(default=False)
 
     def model_post_init(self, context: Any, /) -> None:
         super().model_post_init(context)
+        if self.cache:
+            raise AgentError(
+                f"cache={self.cache!r} of CustomChatModel: an answer from a cache was not sampled "
+                "in this run, so it has no tokens to train; give the cache to frozen models "
+                "(runtime_args.auxiliary_models) only"
+            )
+        self.cache = False  # None would ask LangChain's global cache
         if self.llm is not None:
             self._reads_token_metadata = True
             self.prompts, self.parser = self.llm.prompts, self.llm.parser
             self.tokenizer = self.tokenizer or self.llm.tokenizer
+            self.max_input_tokens = self.max_input_tokens or self.llm.max_input_tokens
         if not isinstance(self.prompts, PromptBuilder) or self.parser is None:
             raise AgentError(
                 "CustomChatModel needs llm=self.llm of the agent it is built in (or a "
                 "PromptBuilder and a tool parser)"
             )
+        wish_of({}, None, self.parser, self._defaults)
 
     @property
     def _llm_type(self) -> str:
@@ -72,22 +109,140 @@ class CustomChatModel(BaseChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        return {"model_name": self.model_name}
+        return {"model_name": self.model_name, **self._defaults}
+
+    @property
+    def _defaults(self) -> dict[str, Any]:
+        """Sampling fields that are set, as keywords of a call."""
+        fields = type(self).model_fields
+        given = {key: getattr(self, key) for key in SAMPLING if key in fields}
+        return {key: value for key, value in given.items() if value is not None}
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
+        named = {k: v for k in _TRACED if (v := kwargs.get(k, getattr(self, k))) is not None}
+        return {
+            "ls_provider": "chatlearn",
+            "ls_model_type": "chat",
+            "ls_model_name": kwargs.get("model") or self.model_name,
+            **{f"ls_{key}": value for key, value in named.items()},
+            **({"ls_stop": list(stop or self.stop)} if stop or self.stop else {}),
+        }
+
+    def _resolve_model_profile(self) -> Any:
+        """What LangChain's agents decide by. ``structured_output`` means constrained decoding."""
+        size = {} if self.max_input_tokens is None else {"max_input_tokens": self.max_input_tokens}
+        return {
+            **size,
+            "text_inputs": True,
+            "image_inputs": False,
+            "audio_inputs": False,
+            "video_inputs": False,
+            "text_outputs": True,
+            "tool_calling": not isinstance(self.parser, PlainParser),
+            "tool_choice": self._can_force,
+            "structured_output": False,
+        }
+
+    @property
+    def _can_force(self) -> bool:
+        return self.parser.prefix(None) is not None
+
+    @property
+    def policy(self) -> Policy:
+        """What every call needs of the model."""
+        return Policy(self.tokenizer, self.prompts, self.parser, self.model_name)
 
     def bind_tools(
         self, tools: Sequence[Any], *, tool_choice: Any = None, **kwargs: Any
     ) -> Runnable[LanguageModelInput, AIMessage]:
         """Show ``tools`` to the model through its chat template.
 
+        Args:
+            tools: LangChain tools, functions, pydantic classes, TypedDicts or OpenAI schemas.
+            tool_choice: None or "auto": the model is free. "any", "required" or True: its turn
+                begins with the opening of a call. A tool's name, or OpenAI's dict of it: with the
+                opening of that call. What it is made to begin with is context and is not trained.
+                "none": the tools are not shown.
+            kwargs: see ``call_settings``.
+
         Raises:
-            AgentError: ``tool_choice`` asks for a call the policy did not choose.
+            AgentError: not a tool; no tool of that name; calls cannot be forced in this format.
         """
-        if tool_choice not in (None, False, "auto", "none"):
-            raise AgentError(_FORCED.format(tool_choice))
-        schemas = [] if tool_choice == "none" else [convert_to_openai_tool(t) for t in tools]
-        for schema in schemas:  # LangChain lists a tool function's **kwargs as an argument
-            schema["function"].get("parameters", {}).get("properties", {}).pop("kwargs", None)
+        schemas = shown_tools(tools)
+        called_tool(tool_choice, schemas, self.parser)  # refused here, not in the middle of a run
+        if tool_choice not in (None, False):
+            kwargs["tool_choice"] = tool_choice
         return self.bind(tools=schemas, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: structured_output.Schema | None = None,
+        *,
+        method: str = "function_calling",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Answers as objects of ``schema``. Decoding is not constrained, by no method: that would
+        sample from another distribution than the one that is trained.
+
+        Args:
+            schema: a pydantic class (objects are validated), a TypedDict or a JSON schema (a dict
+                is returned). json_mode alone can do without.
+            method: "function_calling": the object is the arguments of a forced call, or of a free
+                one where the format cannot force any. "json_schema": a note with the schema is put
+                at the end of the system message. "json_mode": nothing is said to the model; the
+                prompt should.
+            include_raw: return ``{"raw", "parsed", "parsing_error"}`` and raise nothing.
+            strict: accepted, and changes nothing: reading is always strict.
+            kwargs: for ``bind_tools``, or for every call.
+
+        Raises:
+            AgentError: an unknown method, or not a schema.
+            langchain_core.exceptions.OutputParserException: when called, where the answer holds no
+                such object.
+        """
+        if method not in structured_output.METHODS:
+            known = ", ".join(structured_output.METHODS)
+            raise AgentError(f"method={method!r} of with_structured_output; known: {known}")
+        if schema is None and method != "json_mode":
+            raise AgentError(f"with_structured_output(method={method!r}) needs a schema")
+        traced = {"kwargs": {"method": method}, "schema": schema}
+        if schema is not None:
+            kwargs["ls_structured_output_format"] = traced
+        tool = None
+        if method == "function_calling":
+            [shown] = shown_tools([schema])
+            tool = shown["function"]["name"]
+            choice = tool if self._can_force else None
+            model = self.bind_tools([shown], tool_choice=choice, **kwargs)
+        elif method == "json_schema":
+            asked = structured_output.response_format(schema)
+            model = self.bind(response_format=asked, **kwargs)
+        else:
+            model = self.bind(response_format={"type": "json_object"}, **kwargs)
+        read = structured_output.reader(schema, tool=tool, include_raw=include_raw)
+        return model | RunnableLambda(read, name="read_structured_output")
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Ids of ``text`` by the policy's tokenizer, without special tokens around it."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def get_num_tokens_from_messages(
+        self, messages: Sequence[BaseMessage], tools: Sequence[Any] | None = None
+    ) -> int:
+        """Tokens of the prompt that the chat template makes of ``messages``.
+
+        Where the template refuses a list (a part of a conversation that begins with a tool's
+        answer, as ``trim_messages`` counts), those of each message's text.
+        """
+        rows = [to_openai(m) for m in messages]
+        schemas = shown_tools(tools or ()) or None
+        try:
+            text = self.prompts.template.render(rows, schemas, generation=True)
+        except AgentError:
+            text = "".join(r["content"] + json.dumps(r.get("tool_calls", "")) for r in rows)
+        return len(self.get_token_ids(text))
 
     def _generate(
         self,
@@ -96,15 +251,7 @@ class CustomChatModel(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        run = current_run()
-        if _running_loop() is run.loop:
-            raise AgentError(
-                "self.llm.invoke() was called on the event loop, which it would block for ever; "
-                "use `await self.llm.ainvoke(...)` in async code (`await graph.ainvoke(...)` in "
-                "run()), or make the node a plain def"
-            )
-        turn = self._turn(run, messages, stop, run_manager, kwargs)
-        return asyncio.run_coroutine_threadsafe(turn, run.loop).result()
+        return _result(self._answer(messages, stop, run_manager, kwargs))
 
     async def _agenerate(
         self,
@@ -113,8 +260,54 @@ class CustomChatModel(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
+        return _result(await self._aanswer(messages, stop, run_manager, kwargs))
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        for chunk in cut(self._answer(messages, stop, run_manager, kwargs)):
+            yield ChatGenerationChunk(message=chunk)
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        for chunk in cut(await self._aanswer(messages, stop, run_manager, kwargs)):
+            yield ChatGenerationChunk(message=chunk)
+
+    def _answer(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None,
+        run_manager: Any,
+        kwargs: dict[str, Any],
+    ) -> AIMessage:
         run = current_run()
-        turn = self._turn(run, messages, stop, run_manager, kwargs)
+        if _running_loop() is run.loop:
+            raise AgentError(
+                "self.llm.invoke() was called on the event loop, which it would block for ever; "
+                "use `await self.llm.ainvoke(...)` in async code (`await graph.ainvoke(...)` in "
+                "run()), or make the node a plain def"
+            )
+        turn = self._turn(run, messages, stop, run_manager or starting_call(), kwargs)
+        return asyncio.run_coroutine_threadsafe(turn, run.loop).result()
+
+    async def _aanswer(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None,
+        run_manager: Any,
+        kwargs: dict[str, Any],
+    ) -> AIMessage:
+        run = current_run()
+        turn = self._turn(run, messages, stop, run_manager or starting_call(), kwargs)
         if _running_loop() is run.loop:
             return await turn
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(turn, run.loop))
@@ -124,135 +317,25 @@ class CustomChatModel(BaseChatModel):
         run: Run,
         messages: list[BaseMessage],
         stop: list[str] | None,
-        run_manager: Any,
-        kwargs: dict[str, Any],
-    ) -> ChatResult:
-        started = time.perf_counter()
-        tools = kwargs.get("tools") or None
-        recorder = run.recorder
-        digests = recorder.chain(messages, _opening(tools))
-        parent, covered = recorder.parent(messages, digests)
-        new = [to_openai(m) for m in messages[covered:]]
-        if parent is None:
-            prompt_ids = self.prompts.first(new, tools)
-        else:
-            answer = to_openai(messages[covered - 1])
-            prompt_ids = self.prompts.extend(parent.token_ids, answer, new, tools)
-        recorder.counts["forks"] += parent is None and bool(recorder.turns)
-        recorder.counts["tool_errors"] += sum(
-            m.type == "tool" and getattr(m, "status", "") == "error" for m in messages[covered:]
-        )
-        sampling = self._sampling(run, prompt_ids, stop, kwargs)
-        built = time.perf_counter()
-        try:
-            completion = await run.engine.generate(prompt_ids, sampling, session=run.session)
-        except EngineError as error:
-            run.engine_error = run.engine_error or error
-            raise
-        turn = Turn(
-            id=len(recorder.turns),
-            parent=None if parent is None else parent.id,
-            prompt_ids=prompt_ids,
-            completion=completion,
-            timings={"prompt_s": built - started, "engine_s": time.perf_counter() - built},
-            **_graph_position(run_manager),
-        )
-        message = self._message(run, turn, sampling)
-        recorder.record(turn, messages, message)
-        recorder.remember(recorder.chain([message], digests[-1])[0], message, turn)
-        return ChatResult(generations=[ChatGeneration(message=message)])
-
-    def _sampling(
-        self, run: Run, prompt_ids: list[int], stop: list[str] | None, kwargs: dict[str, Any]
-    ) -> SamplingParams:
-        """Sampling of this call: the run's, within what is left of its budget."""
-        base, budget = run.sampling, run.budget
-        asked = {**(kwargs.get("sampling_params") or {}), **kwargs}
-        for key in ("temperature", "top_p", "top_k"):
-            if asked.get(key) is not None and asked[key] != getattr(base, key):
-                raise AgentError(
-                    f"{key}={asked[key]} was asked of a call, but this run samples at "
-                    f"{getattr(base, key)}; set models.policy.{key} (all turns are trained at one)"
-                )
-        if "n" in kwargs and kwargs["n"] != 1:
-            raise AgentError("n > 1 is not supported in one call; await several calls instead")
-        limits = [
-            ("models.policy.max_tokens_per_turn", budget.turn_tokens),
-            (
-                "models.policy.max_response_tokens_length",
-                budget.rollout_tokens - run.recorder.sampled_tokens,
-            ),
-            ("models.policy.max_seq_len", budget.context_tokens - len(prompt_ids)),
-        ]
-        if asked.get("max_tokens") is not None:
-            limits.append(("max_tokens", int(asked["max_tokens"])))
-        key, left = min(limits, key=lambda limit: limit[1])
-        if left < 1:
-            run.recorder.exhausted = run.recorder.exhausted or key
-            raise BudgetExhausted(
-                f"no tokens left for another turn: {key} is used up (prompt of "
-                f"{len(prompt_ids)} tokens, {run.recorder.sampled_tokens} sampled so far)"
+        call: Any,
+        kwargs: Mapping[str, Any],
+    ) -> AIMessage:
+        if kwargs.get("model") not in (None, self.model_name):
+            raise AgentError(
+                f"model={kwargs['model']!r} of self.llm: the policy is {self.model_name!r}; another"
+                " model is one of runtime_args.auxiliary_models"
             )
-        return replace(
-            base,
-            max_new_tokens=left,
-            stop=(*base.stop, *(stop or ())),
-            seed=run.recorder.seed(base.seed, run.session, prompt_ids),
-        )
-
-    def _message(self, run: Run, turn: Turn, sampling: SamplingParams) -> AIMessage:
-        text = self._text(turn.completion, sampling)
-        parsed = self.parser.parse(text)
-        run.recorder.counts["tool_calls"] += len(parsed.calls)
-        run.recorder.counts["invalid_tool_calls"] += sum(c.error is not None for c in parsed.calls)
-        sampled = len(turn.completion.token_ids)
-        metadata: dict[str, Any] = {
-            "finish_reason": str(turn.completion.stop_reason),
-            "model_name": self.model_name,
-        }
+        wish = wish_of(kwargs, stop, self.parser, self._defaults)
+        noted = structured_output.with_note(messages, kwargs.get("response_format"))
+        turn, message = await ask(run, self.policy, noted, wish, Position.of(call))
         if self._reads_token_metadata:
-            metadata["token_ids"] = turn.token_ids
-            metadata["loss_mask"] = _loss_mask(run.recorder.turns, turn)
-        return AIMessage(
-            id=f"turn-{run.session}-{turn.id}",
-            content=parsed.content,
-            additional_kwargs={"reasoning_content": parsed.reasoning} if parsed.reasoning else {},
-            tool_calls=[
-                ToolCall(name=c.name, args=c.arguments, id=f"call_{turn.id}_{i}", type="tool_call")
-                for i, c in enumerate(parsed.calls)
-                if c.error is None
-            ],
-            invalid_tool_calls=_invalid_calls(parsed, turn),
-            response_metadata=metadata,
-            usage_metadata=UsageMetadata(
-                input_tokens=len(turn.prompt_ids),
-                output_tokens=sampled,
-                total_tokens=len(turn.prompt_ids) + sampled,
-            ),
-        )
-
-    def _text(self, completion: Completion, sampling: SamplingParams) -> str:
-        """Text of a completion without its end-of-turn token and from its stop string on."""
-        ids = completion.token_ids
-        if completion.stop_reason is StopReason.STOP and ids and ids[-1] in self.prompts.eos_ids:
-            ids = ids[:-1]
-        text = self.tokenizer.decode(ids, skip_special_tokens=False)
-        cuts = [text.find(s) for s in sampling.stop if s in text]
-        return text[: min(cuts)] if cuts else text
+            message.response_metadata["token_ids"] = turn.token_ids
+            message.response_metadata["loss_mask"] = _loss_mask(run.recorder.turns, turn)
+        return message
 
 
-def _invalid_calls(parsed: ParsedText, turn: Turn) -> list[InvalidToolCall]:
-    return [
-        InvalidToolCall(
-            name=call.name,
-            args=call.arguments if isinstance(call.arguments, str) else str(call.arguments),
-            id=f"call_{turn.id}_{i}",
-            error=call.error,
-            type="invalid_tool_call",
-        )
-        for i, call in enumerate(parsed.calls)
-        if call.error is not None
-    ]
+def _result(message: AIMessage) -> ChatResult:
+    return ChatResult(generations=[ChatGeneration(message=message)])
 
 
 def _loss_mask(turns: list[Turn], turn: Turn) -> list[int]:
@@ -263,23 +346,6 @@ def _loss_mask(turns: list[Turn], turn: Turn) -> list[int]:
         start = len(turn.prompt_ids)
         mask[start : start + len(turn.completion.token_ids)] = [1] * len(turn.completion.token_ids)
     return mask
-
-
-def _opening(tools: list[dict] | None) -> bytes:
-    """Stands for the tools in the chain of digests: other tools are another conversation."""
-    return repr(tools).encode() if tools else b""
-
-
-def _graph_position(run_manager: Any) -> dict[str, Any]:
-    """Where in the graph the call was made, from LangGraph's own run metadata."""
-    metadata = getattr(run_manager, "metadata", None) or {}
-    tags = getattr(run_manager, "tags", None) or []
-    return {
-        "node": str(metadata.get("langgraph_node", "")),
-        "checkpoint_ns": str(metadata.get("langgraph_checkpoint_ns", "")),
-        "step": int(metadata.get("langgraph_step", 0)),
-        "tags": tuple(t for t in tags if not t.startswith("seq:step:")),
-    }
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

@@ -11,7 +11,24 @@ from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 from chatlearn.errors import AgentError
 from chatlearn.types import Message
 
+_as_json = json.JSONEncoder(sort_keys=True, default=str).encode
 _ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool"}
+
+
+_SAID_ELSEWHERE = {
+    "invalid_tool_call",
+    "reasoning",
+    "thinking",
+    "tool_call",
+    "tool_call_chunk",
+    "tool_use",
+}
+"""Blocks that repeat a message's ``tool_calls``, or its reasoning."""
+
+
+def kind_of(message: BaseMessage) -> str:
+    """LangChain's type of a message; a sum of streamed chunks is what it became."""
+    return message.type.removesuffix("MessageChunk").lower()
 
 
 def text_of(content: Any) -> str:
@@ -28,8 +45,8 @@ def text_of(content: Any) -> str:
             parts.append(block)
         elif isinstance(block, dict) and block.get("type") == "text":
             parts.append(block.get("text", ""))
-        elif isinstance(block, dict) and block.get("type") in ("tool_call", "tool_use"):
-            continue  # the call itself stands in tool_calls
+        elif isinstance(block, dict) and block.get("type") in _SAID_ELSEWHERE:
+            continue
         else:
             kind = block.get("type") if isinstance(block, dict) else type(block).__name__
             raise AgentError(f"a message holds a block of type {kind!r}; only text can be trained")
@@ -38,7 +55,7 @@ def text_of(content: Any) -> str:
 
 def to_openai(message: BaseMessage) -> Message:
     """One message as chat templates expect it; tool arguments stay a dict, not a JSON string."""
-    role = _ROLES.get(message.type) or getattr(message, "role", None)
+    role = _ROLES.get(kind_of(message)) or getattr(message, "role", None)
     if role is None:
         raise AgentError(f"a message of type {message.type!r} cannot be given to a chat template")
     out: Message = {"role": role, "content": text_of(message.content)}
@@ -60,7 +77,11 @@ def to_openai(message: BaseMessage) -> Message:
 
 def fingerprint(message: BaseMessage) -> bytes:
     """What a message says, without its id: two messages that render alike have one fingerprint."""
-    parts: list[Any] = [message.type, message.content]
+    try:
+        content: Any = text_of(message.content)  # a text and a list of one text block are one thing
+    except AgentError:
+        content = message.content
+    parts: list[Any] = [kind_of(message), content]
     if isinstance(message, ToolMessage):
         parts += [message.tool_call_id, message.name]
     if isinstance(message, AIMessage):
@@ -69,5 +90,4 @@ def fingerprint(message: BaseMessage) -> bytes:
             [[c.get("name"), c.get("args")] for c in message.invalid_tool_calls],
             message.additional_kwargs.get("reasoning_content"),
         ]
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return hashlib.blake2b(_as_json(parts).encode(), digest_size=16).digest()

@@ -29,6 +29,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from chatlearn.errors import EngineError
+from chatlearn.interfaces import asked_by_socket
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,9 @@ class _Run:
     """Loop time of the last sign of life."""
     requests: int = 0
     """Calls that wait for the engine."""
+    by_socket: int = 0
+    """Those of them that came by a socket: a thread of the run may wait for each, nobody knows
+    which."""
     jobs: set[_Job] = field(default_factory=set)
     """Work of the run in threads, queued or running."""
     is_absent: bool = False
@@ -111,7 +115,9 @@ class Lockstep:
         with self._lock:
             if job not in run.jobs:
                 job = None
+            by_socket = job is None and asked_by_socket.get()
             run.requests += 1
+            run.by_socket += by_socket
             if job is not None:
                 job.requests += 1
         run.is_absent = False
@@ -121,6 +127,7 @@ class Lockstep:
         finally:
             with self._lock:
                 run.requests -= 1
+                run.by_socket -= by_socket
                 if job is not None:
                     job.requests -= 1
             run.since = self._loop.time()
@@ -178,10 +185,14 @@ class Lockstep:
 
     def _has_running_jobs(self) -> bool:
         with self._lock:
-            jobs = [job for run in self._runs for job in run.jobs]
-            waiting = sum(job.requests > 0 for job in jobs)
+            jobs = waiting = 0
+            for run in self._runs:
+                asking = sum(job.requests > 0 for job in run.jobs)
+                jobs += len(run.jobs)
+                # rather a batch that followed the clock than a thread that waits for ever
+                waiting += min(asking + run.by_socket, len(run.jobs))
         # when every thread waits for the engine, the rest is queued behind them
-        return waiting < min(len(jobs), self._max_threads)
+        return waiting < min(jobs, self._max_threads)
 
     def _wait_for_absentees(self) -> float:
         """Seconds until every run without request and job is given up as absent; 0 when all are."""

@@ -110,10 +110,10 @@ class FSDPTrainer(BaseTrainer):
         self._require("weights", "gradients", "optimizer")
         return await super().step(micro_batches)
 
-    async def logprobs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
+    async def logprobs(self, samples: Sequence[Sample]) -> list[list[float]]:
         """See ``BaseTrainer.logprobs``."""
         self._require("weights")
-        return await super().logprobs(samples, temperature)
+        return await super().logprobs(samples)
 
     @torch.no_grad()
     def full_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:

@@ -22,6 +22,8 @@ class Placed:
     chosen: torch.Tensor  # [N] packed positions that are scored, on the CPU
     inputs: tuple[torch.Tensor, torch.Tensor, Plan, torch.Tensor]
     """The positional arguments of ``Forward``."""
+    temperature: float | torch.Tensor
+    """Of the scored tokens: one number where they share it, else [N] on the device."""
 
 
 @dataclass(slots=True)
@@ -85,7 +87,8 @@ def row_not_finite(scored: Sequence[Scored], ranks: Ranks) -> str | None:
             f"(id {int(batch.token_ids[at])}): policy logprob "
             f"{part.policy_logprobs[bad[0]]:.4g}, rollout logprob "
             f"{batch.rollout_logprobs[at]:.4g}, advantage "
-            f"{batch.advantages[at]:.4g}, weight {batch.weights[at]:.4g}. "
+            f"{batch.advantages[at]:.4g}, weight {batch.weights[at]:.4g}, temperature "
+            f"{batch.temperatures[at]:.4g}. "
             "A policy logprob that is not finite means the weights diverged: restore a "
             "checkpoint and lower models.policy_trainer.optimizer.lr."
         )

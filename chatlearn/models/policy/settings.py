@@ -31,8 +31,6 @@ class TrainerSettings:
     """Weight of the entropy bonus; 0 does not compute it."""
     pos_clip_ratio: float = 0.2
     neg_clip_ratio: float = 0.2
-    temperature: float = 1.0
-    """The engine's, of training rollouts."""
     gradient_checkpointing: bool = False
     """Keep only the layers' inputs and compute the rest again: less memory, about 1/3 slower."""
     precision: str = "fp32"
@@ -46,11 +44,6 @@ class TrainerSettings:
             raise TrainerError(
                 f"attention is {self.attention!r}; it must be one of {list(ATTENTIONS)}. "
                 "Set models.policy_trainer.attention."
-            )
-        if self.temperature <= 0:
-            raise TrainerError(
-                f"temperature is {self.temperature}: greedy rollouts have no gradient. "
-                "Set models.policy.temperature above 0."
             )
 
     @property

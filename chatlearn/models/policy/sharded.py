@@ -75,7 +75,7 @@ class ShardedForward:
         segments: Plan,
         chosen: torch.Tensor,
         *,
-        temperature: float,
+        temperature: float | torch.Tensor,
         entropy: bool = False,
     ) -> TokenLogprobs:
         inputs = (token_ids, position_ids, segments, chosen)

@@ -52,7 +52,7 @@ class Forward(Protocol):
         segments: Plan,
         chosen: torch.Tensor,
         *,
-        temperature: float,
+        temperature: float | torch.Tensor,
         entropy: bool = False,
     ) -> TokenLogprobs: ...
 
@@ -144,10 +144,11 @@ class BaseTrainer:
         self.updates += 1
         return metrics
 
-    async def logprobs(self, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
+    async def logprobs(self, samples: Sequence[Sample]) -> list[list[float]]:
         """log p of every token of every sample under the current weights. [[L], ...], first 0.0
 
-        Each rank gives samples of its own, as many as it likes.
+        Each token at its own ``Sample.temperatures``. Each rank gives samples of its own, as many
+        as it likes.
         """
         groups = list(_in_groups(samples, _SCORED_AT_ONCE))
         turns = max(int(most) for [most] in self._ranks.gather([len(groups)]))
@@ -158,7 +159,7 @@ class BaseTrainer:
                 placed = self._place(batch, (batch.position_ids > 0).nonzero().squeeze(1))
                 row = torch.zeros(len(batch.token_ids))
                 if len(placed.chosen) or self._ranks.size > 1:
-                    scored = self._policy(*placed.inputs, temperature=temperature)
+                    scored = self._policy(*placed.inputs, temperature=placed.temperature)
                     row[placed.chosen] = scored.logprobs.cpu()
                 rows += [part.tolist() for part in row.split([len(s.token_ids) for s in group])]
         return rows[: len(samples)]
@@ -212,15 +213,17 @@ class BaseTrainer:
         to = self.device
         plan = self._policy.planner(batch.cu_seqlens.tolist(), to)
         inputs = (batch.token_ids.to(to), batch.position_ids.to(to), plan, chosen.to(to))
-        return Placed(batch, chosen, inputs)
+        temperature = _one_or_each(batch.temperatures[chosen])
+        if isinstance(temperature, torch.Tensor):
+            temperature = temperature.to(to)
+        return Placed(batch, chosen, inputs, temperature)
 
     def _reference_logprobs(self, placed: Sequence[Placed]) -> list[torch.Tensor | None]:
         """Of every batch before the first backward, so that the reference is needed once a step."""
         if self._reference is None:
             return [None] * len(placed)
-        temperature = self.settings.temperature
         with torch.no_grad(), self._reference_at_hand():
-            return [self._reference(*p.inputs, temperature=temperature).logprobs for p in placed]
+            return [self._reference(*p.inputs, temperature=p.temperature).logprobs for p in placed]
 
     def _backward(self, placed: Placed, reference: torch.Tensor | None) -> Scored:
         """Forward and backward of one micro-batch; nothing here waits for the device.
@@ -234,7 +237,7 @@ class BaseTrainer:
             for values in (batch.rollout_logprobs, batch.advantages, batch.weights)
         )
         policy, entropy = self._policy(
-            *placed.inputs, temperature=settings.temperature, entropy=settings.entropy_coef != 0
+            *placed.inputs, temperature=placed.temperature, entropy=settings.entropy_coef != 0
         )
         loss, clip = clipped_surrogate(
             policy,
@@ -305,6 +308,18 @@ def _recomputed_layers(model: PreTrainedModel) -> list[GradientCheckpointingLaye
     for layer in layers:
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
     return layers
+
+
+def _one_or_each(temperatures: torch.Tensor) -> float | torch.Tensor:
+    """The number that all scored tokens share, else ``temperatures`` itself. [N], on the CPU
+
+    Most runs have one temperature: then no tensor goes to the device, and at 1.0 no logit is
+    divided.
+    """
+    if not len(temperatures):
+        return 1.0
+    first = temperatures[0]
+    return first.item() if bool((temperatures == first).all()) else temperatures
 
 
 def _in_groups(samples: Sequence[Sample], limit: int) -> Iterator[list[Sample]]:

@@ -30,7 +30,7 @@ _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 class TokenLogprobs(NamedTuple):
     """One number a chosen token."""
 
-    logprobs: torch.Tensor  # [N] fp32, of softmax(logits / temperature)
+    logprobs: torch.Tensor  # [N] fp32, of softmax(logits / the token's temperature)
     entropy: torch.Tensor | None  # [N] fp32, in nats, of the same distribution
 
 
@@ -76,7 +76,7 @@ class PolicyForward:
         segments: Plan,
         chosen: torch.Tensor,
         *,
-        temperature: float,
+        temperature: float | torch.Tensor,
         entropy: bool = False,
     ) -> TokenLogprobs:
         """log p of the tokens at ``chosen``, each given the tokens before it in its segment.
@@ -86,7 +86,8 @@ class PolicyForward:
             position_ids: [T] 0 at the start of each segment.
             segments: which positions belong together.
             chosen: [N] positions in the row, none of them the first of a segment.
-            temperature: the logits are divided by it, in fp32.
+            temperature: the logits are divided by it, in fp32: one number for all chosen tokens,
+                or one for each. [N] fp32
             entropy: also compute the entropy of the distribution at each chosen position.
         """
         hidden = self.hidden(token_ids, position_ids, segments).index_select(0, chosen - 1)
@@ -94,9 +95,12 @@ class PolicyForward:
         piece = max(1, _LOGITS_AT_ONCE // self.head.weight.shape[0])
         if len(chosen) <= piece:
             return TokenLogprobs(*self._score(hidden, targets, temperature, entropy))
+        rows, tokens = hidden.split(piece), targets.split(piece)
+        each = isinstance(temperature, torch.Tensor)
+        divisors = temperature.split(piece) if each else [temperature] * len(rows)
         parts = [
-            checkpoint(self._score, rows, tokens, temperature, entropy, use_reentrant=False)
-            for rows, tokens in zip(hidden.split(piece), targets.split(piece), strict=True)
+            checkpoint(self._score, *of_piece, entropy, use_reentrant=False)
+            for of_piece in zip(rows, tokens, divisors, strict=True)
         ]
         logprobs = torch.cat([part[0] for part in parts])
         return TokenLogprobs(logprobs, torch.cat([p[1] for p in parts]) if entropy else None)
@@ -118,10 +122,16 @@ class PolicyForward:
         return logits
 
     def _score(
-        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, entropy: bool
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float | torch.Tensor,
+        entropy: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         logits = self.logits(hidden)
-        if temperature != 1.0:
+        if isinstance(temperature, torch.Tensor):
+            logits = logits / temperature.unsqueeze(1)
+        elif temperature != 1.0:
             logits = logits / temperature
         log_sum = torch.logsumexp(logits, dim=-1)
         logprobs = logits.gather(1, targets.unsqueeze(1)).squeeze(1) - log_sum

@@ -12,7 +12,7 @@ from langgraph.prebuilt import ToolNode, tools_condition
 
 from chatlearn.algorithm.samples import to_samples
 from chatlearn.models.agent import BaseAgentGraph
-from chatlearn.types import Outcome, Trajectory
+from chatlearn.types import Fork, Outcome, Trajectory
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": %d, "b": %d}}\n</tool_call>'
 
@@ -133,7 +133,7 @@ def test_an_edited_history_forks_and_each_token_is_trained_once(run_graph, token
         def build_graph(self):
             async def work(state: MessagesState):
                 draft = await self.llm.ainvoke(state["messages"])
-                short = [("user", "Summary: " + draft.text), ("user", "Answer.")]
+                short = [("user", "Summary: " + draft.content), ("user", "Answer.")]
                 return {"messages": [await self.llm.ainvoke(short)]}
 
             graph = StateGraph(MessagesState)
@@ -144,7 +144,7 @@ def test_an_edited_history_forks_and_each_token_is_trained_once(run_graph, token
     trajectory = run_graph(Summarises, ["a draft", "done"], reward_function=lambda: 1.0)
 
     assert [turn.parent for turn in trajectory.turns] == [None, None]
-    assert trajectory.metrics["forks"] == 1
+    assert [turn.fork for turn in trajectory.turns] == [None, Fork.FRESH]
     first, second = picture(trajectory, tokenizer)
     assert first[0] == "{user/2+2?}/{assistant/a draft}"
     assert second[0] == "{user/Summary: a draft}/{user/Answer.}/{assistant/done}"

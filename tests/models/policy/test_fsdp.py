@@ -36,7 +36,7 @@ CONFIGS = {
     # matrices of one row: the second of two ranks has none of it
     "untied": LlamaConfig(**SHAPE | {"intermediate_size": 1}, tie_word_embeddings=False),
 }
-PLAIN = TrainerSettings(lr=1e-3, weight_decay=0.1, temperature=0.7, clip_grad=0.5)
+PLAIN = TrainerSettings(lr=1e-3, weight_decay=0.1, clip_grad=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,10 @@ def folders(tmp_path_factory):
 
 
 def rows(count=7, seed=0):
-    """Rows of mixed lengths, weights and masks, with made-up rollout logprobs near -log 33."""
+    """Rows of mixed lengths, weights and masks, with made-up rollout logprobs near -log 33.
+
+    Runs of eight tokens have one temperature: some micro-batches have one, others have several.
+    """
     dice = random.Random(seed)
     made = []
     for i in range(count):
@@ -65,6 +68,7 @@ def rows(count=7, seed=0):
                 on,
                 [dice.gauss(-3.5, 0.3) if o else 0.0 for o in on],
                 [dice.gauss(0, 1) if o else 0.0 for o in on],
+                [(0.7, 1.0, 1.3)[(i + j // 8) % 3] for j in range(length)],
                 dice.choice([0.5, 1.0, 2.0]),
                 f"g/{i}",
             )
@@ -207,7 +211,7 @@ def job_logprobs(folder, counts):
     rank = dist.get_rank()
     trainer = ranked(folder, PLAIN)
     samples = [*rows(counts[rank], seed=rank), Sample([5], [False], [0.0], [0.0])]
-    return asyncio.run(trainer.logprobs(samples, 0.7))
+    return asyncio.run(trainer.logprobs(samples))
 
 
 def test_logprobs_of_unequally_many_samples(folders, rank_pools):
@@ -216,7 +220,7 @@ def test_logprobs_of_unequally_many_samples(folders, rank_pools):
     answers = rank_pools[2].run(job_logprobs, folder=folders["untied"], counts=counts)
     for rank, (count, got) in enumerate(zip(counts, answers, strict=True)):
         samples = [*rows(count, seed=rank), Sample([5], [False], [0.0], [0.0])]
-        expected = asyncio.run(policy.logprobs(samples, 0.7))
+        expected = asyncio.run(policy.logprobs(samples))
         assert len(got) == len(expected)
         for ours, theirs in zip(got, expected, strict=True):
             assert ours == pytest.approx(theirs, abs=1e-5)
@@ -290,14 +294,14 @@ def job_offload(folder):
         take_step(trainer, rows())
         parts = {"weights": True, "gradients": True, "optimizer": True}
         if away:
-            asyncio.run(trainer.logprobs(rows(2), 1.0))
+            asyncio.run(trainer.logprobs(rows(2)))
             trainer.offload(**parts)
             held = [*trainer._optimizer.masters, *trainer._optimizer.moments()]
             assert sum(t.untyped_storage().nbytes() for t in held) == 0
             trainer.offload(**parts)  # again: harmless
             for use in (
                 lambda t: asyncio.run(t.step([])),
-                lambda t: asyncio.run(t.logprobs([], 1.0)),
+                lambda t: asyncio.run(t.logprobs([])),
                 lambda t: next(t.full_weights()),
             ):
                 with pytest.raises(TrainerError, match=r"weights.* offloaded.*onload"):
@@ -318,7 +322,7 @@ def job_invariants(folder):
     """What the optimizer and the offloading rely on in FSDP."""
     trainer = ranked(folder, PLAIN)
     take_step(trainer, rows())
-    asyncio.run(trainer.logprobs(rows(2), 1.0))
+    asyncio.run(trainer.logprobs(rows(2)))
     parameters = trainer._optimizer.parameters
     return [
         p.to_local().untyped_storage().data_ptr() == m.untyped_storage().data_ptr()

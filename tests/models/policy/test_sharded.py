@@ -100,7 +100,7 @@ def batches(seed, ranks=1):
         n = 3 + 4 * i
         ids = [(7 * i + 3 * j + seed) % 33 for j in range(n)]
         on = [j > 1 for j in range(n)]
-        made.append(Sample(ids, on, [-3.5 * o for o in on], [(i - 1.8) * o for o in on], 1.0, "g"))
+        made.append(Sample(ids, on, [-3.5 * o for o in on], [(i - 1.8) * o for o in on]))
     return pack(made, 40, ranks=ranks)
 
 
@@ -232,7 +232,7 @@ def job_save(folder, to, more, settings=SETTINGS):
 def job_resume(folder, to, more, settings=SETTINGS):
     trainer = ranked(folder, settings)
     steps(trainer, [7])  # its moments and its step count must not survive
-    asyncio.run(trainer.logprobs([Sample([1, 2], [False, True], [0, 0], [0, 0])], 1.0))
+    asyncio.run(trainer.logprobs([Sample([1, 2], [False, True], [0, 0], [0, 0])]))
     asyncio.run(trainer.restore(to))
     noise = torch.rand(2)
     return steps(trainer, more), weights(trainer), noise

@@ -40,7 +40,7 @@ SHAPE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-PLAIN = TrainerSettings(lr=1e-3, weight_decay=0.0, temperature=0.7)
+PLAIN = TrainerSettings(lr=1e-3, weight_decay=0.0)
 
 
 def tiny(seed=0, dtype=torch.float32, config=None):
@@ -53,8 +53,12 @@ def trainer(model, config=PLAIN, **changes):
     return PolicyTrainer(model, None, replace(config, **changes))
 
 
-def samples(count=6, seed=0):
-    """Rows of mixed lengths, weights and masks, with made-up rollout logprobs near -log 32."""
+def samples(count=6, seed=0, temperatures=(0.7,)):
+    """Rows of mixed lengths, weights and masks, with made-up rollout logprobs near -log 32.
+
+    Runs of four tokens have the same temperature, so that with several of them some rows have one
+    and others have more.
+    """
     dice = random.Random(seed)
     made = []
     for i in range(count):
@@ -66,6 +70,7 @@ def samples(count=6, seed=0):
                 on,
                 [dice.gauss(-3.5, 0.3) if o else 0.0 for o in on],
                 [dice.gauss(0, 1) if o else 0.0 for o in on],
+                [temperatures[(i + j // 4) % len(temperatures)] for j in range(length)],
                 dice.choice([0.5, 1.0, 2.0]),
                 f"g/{i}",
             )
@@ -98,8 +103,8 @@ def textbook_gradient(model, rows, config, reference=None):
     total = 0.0
     for row in rows:
         ids = torch.tensor(row.token_ids)
-        logits = model(ids[None]).logits[0] / config.temperature
-        every = torch.log_softmax(logits, -1)[:-1]
+        divisors = torch.tensor(row.temperatures)[1:, None]
+        every = torch.log_softmax(model(ids[None]).logits[0, :-1] / divisors, -1)
         policy = every.gather(1, ids[1:, None])[:, 0]
         on = torch.tensor(row.loss_mask)[1:]
         advantage = torch.tensor(row.advantages)[1:]
@@ -108,8 +113,8 @@ def textbook_gradient(model, rows, config, reference=None):
         loss = -torch.minimum(ratio * advantage, bounded * advantage)
         if reference is not None:
             with torch.no_grad():
-                ref = torch.log_softmax(reference(ids[None]).logits[0] / config.temperature, -1)
-            gap = ref[:-1].gather(1, ids[1:, None])[:, 0] - policy
+                ref = torch.log_softmax(reference(ids[None]).logits[0, :-1] / divisors, -1)
+            gap = ref.gather(1, ids[1:, None])[:, 0] - policy
             loss = loss + config.kl_coef * (gap.exp() - 1 - gap)
         loss = loss - config.entropy_coef * -(every.exp() * every).sum(-1)
         total = total + row.weight * loss[on].sum()
@@ -125,15 +130,17 @@ def assert_same(got, expected, tolerance=1e-5):
         )
 
 
+@pytest.mark.parametrize("temperatures", [(0.7,), (0.5, 1.0, 1.6)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("pieces", [1, 7])
-def test_the_gradient_is_the_textbook_one(checkpointing, pieces, monkeypatch):
-    """With every term on, recomputed or not, the head in one piece or in many."""
+def test_the_gradient_is_the_textbook_one(checkpointing, pieces, temperatures, monkeypatch):
+    """With every term on, recomputed or not, the head in one piece or in many, each token at its
+    own temperature."""
     if pieces > 1:
         monkeypatch.setattr(token_logprobs, "_LOGITS_AT_ONCE", 32 * 7)
     config = replace(PLAIN, kl_coef=0.1, entropy_coef=0.05, gradient_checkpointing=checkpointing)
     policy = PolicyTrainer(tiny(), None, config, reference=tiny(1))
-    rows = samples()
+    rows = samples(temperatures=temperatures)
     got, metrics = step_gradient(policy, pack(rows, 40))
     assert_same(got, textbook_gradient(tiny(), rows, config, tiny(1)))
     norm = torch.stack([g.norm() for g in got.values()]).norm().item()
@@ -147,7 +154,8 @@ def test_the_gradient_is_the_textbook_one(checkpointing, pieces, monkeypatch):
 )
 @given(data=st.data())
 def test_law_3_however_rows_are_cut_the_gradient_is_the_same(data):
-    rows = samples(count=5, seed=data.draw(st.integers(0, 3)))
+    temperatures = data.draw(st.sampled_from([(0.7,), (0.6, 1.0, 1.4)]))
+    rows = samples(5, data.draw(st.integers(0, 3)), temperatures)
     denominator = total_weight(rows)
     shuffled = data.draw(st.permutations(rows))
     cuts = sorted(data.draw(st.sets(st.integers(1, len(rows) - 1))))
@@ -171,7 +179,12 @@ def test_a_forked_row_weighs_as_its_tokens_do():
     def row(mask, n):
         on = [c == "x" for c in mask]
         return Sample(
-            ids[:n], on, [logprob * o for o in on], [advantage * o for o in on], 1.0, "g/0"
+            ids[:n],
+            on,
+            [logprob * o for o in on],
+            [advantage * o for o in on],
+            [0.7 if o else 1.0 for o in on],
+            trajectory="g/0",
         )
 
     one, _ = step_gradient(trainer(tiny()), pack([row(".xx.x", 5)], 50))
@@ -181,9 +194,9 @@ def test_a_forked_row_weighs_as_its_tokens_do():
 
 def test_metrics_by_hand():
     """Two trained tokens; the engine's numbers are the trainer's own, then one is off by 1."""
-    policy = trainer(tiny(), temperature=1.0)
+    policy = trainer(tiny())
     row = Sample([3, 4, 5], [False, True, True], [0.0] * 3, [0.0, 1.0, 1.0])
-    [[_, first, second]] = asyncio.run(policy.logprobs([row], 1.0))
+    [[_, first, second]] = asyncio.run(policy.logprobs([row]))
     row.rollout_logprobs = [0.0, first, second - 1.0]
     got = step(policy, pack([row], 10))
     assert got["policy/logprob_gap_max"] == pytest.approx(1.0, abs=1e-5)
@@ -201,13 +214,37 @@ def test_metrics_by_hand():
 
 def test_logprobs_are_of_each_token_in_order(monkeypatch):
     monkeypatch.setattr("chatlearn.models.policy.step._SCORED_AT_ONCE", 25)
-    model, rows = tiny(), [*samples(7), Sample([5], [False], [0.0], [0.0])]
-    got = asyncio.run(trainer(model).logprobs(rows, 0.7))
+    rows = [*samples(7, temperatures=(0.7, 1.0, 1.3)), Sample([5], [False], [0.0], [0.0])]
+    model = tiny()
+    got = asyncio.run(trainer(model).logprobs(rows))
     for row, logprobs in zip(rows, got, strict=True):
         ids = torch.tensor(row.token_ids)
-        every = torch.log_softmax(model(ids[None]).logits[0] / 0.7, -1)
-        expected = [0.0, *every[:-1].gather(1, ids[1:, None])[:, 0].tolist()]
+        divisors = torch.tensor(row.temperatures)[1:, None]
+        every = torch.log_softmax(model(ids[None]).logits[0, :-1] / divisors, -1)
+        expected = [0.0, *every.gather(1, ids[1:, None])[:, 0].tolist()]
         assert logprobs == pytest.approx(expected, abs=1e-5)
+
+
+def test_one_temperature_is_a_number_and_several_are_a_row():
+    """Of the trained tokens only: what context was sampled at does not matter."""
+    policy = trainer(tiny())
+
+    def given(*temperatures):
+        on = [False, *[True] * (len(temperatures) - 1)]
+        zeros = [0.0] * len(on)
+        row = Sample([3] * len(on), on, zeros, zeros, list(temperatures))
+        return policy._place(collate([row], 1.0)).temperature
+
+    assert given(1.0, 0.5, 0.5) == 0.5
+    assert given(0.3, 1.0) == 1.0
+    assert given(0.7) == 1.0  # nothing is scored
+    assert given(1.0, 0.5, 0.25).tolist() == [0.5, 0.25]
+
+
+def test_a_greedy_token_is_not_divided_by_nothing():
+    row = Sample([3, 4], [False, True], [0.0] * 2, [0.0, 1.0], [1.0, 0.0], trajectory="train:4/1")
+    with pytest.raises(TrainerError, match=r"train:4/1.*models\.policy\.temperature"):
+        asyncio.run(trainer(tiny()).logprobs([row]))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -263,7 +300,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
 def test_what_was_rewarded_becomes_likelier(precision):
     """A bandit: token 7 after [3 4] is good, token 9 is bad, and the two are in one step."""
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    policy = trainer(tiny(0, dtype), precision=precision, lr=1e-2, temperature=1.0)
+    policy = trainer(tiny(0, dtype), precision=precision, lr=1e-2)
 
     def arms(logprobs):
         return [
@@ -272,7 +309,7 @@ def test_what_was_rewarded_becomes_likelier(precision):
         ]
 
     def now():
-        rows = asyncio.run(policy.logprobs(arms((0.0, 0.0)), 1.0))
+        rows = asyncio.run(policy.logprobs(arms((0.0, 0.0))))
         return [row[-1] for row in rows]
 
     before = now()
@@ -403,8 +440,6 @@ def test_models_that_would_train_on_wrong_numbers_are_refused():
 
 
 def test_settings_that_cannot_be_are_refused():
-    with pytest.raises(TrainerError, match=r"models\.policy\.temperature"):
-        TrainerSettings(temperature=0.0)
     with pytest.raises(TrainerError, match="'fp8'"):
         TrainerSettings(precision="fp8")
     with pytest.raises(TrainerError, match="no reference"):

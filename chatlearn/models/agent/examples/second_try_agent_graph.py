@@ -37,7 +37,7 @@ class SecondTryAgentGraph(BaseAgentGraph):
             return {"messages": [("user", self.cfg.hint)]}
 
         async def check(state: SecondTryState) -> str:
-            response = state["messages"][-1].text
+            response = state["messages"][-1].content
             reward, _ = final_answer_reward(response, state["ground_truth"])
             return END if reward == 1.0 or state["tries"] >= self.cfg.max_tries else "tell"
 

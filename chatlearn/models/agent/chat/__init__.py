@@ -1,0 +1,1 @@
+"""What the chat model is made of: tools, keywords of a call, chunks, structured output."""

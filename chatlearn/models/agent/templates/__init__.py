@@ -1,0 +1,1 @@
+"""Chat templates: rendered, played through, checked against what the prompt builder appends."""
