@@ -114,9 +114,9 @@ async def ask(
     prompt_ids = _prompt(run, policy, heard, parent, covered, wish.tools)
     if parent is None:
         parent = recorder.begins(prompt_ids)
-    is_thinking = policy.parser.opens_thinking(policy.tokenizer.decode(prompt_ids[-_ENDING:]))
+    is_thinking = policy.parser.opens_thinking(policy.prompts.decode(prompt_ids[-_ENDING:]))
     prefix = _prefix(policy, wish, is_thinking)
-    prefix_ids = policy.tokenizer.encode(prefix, add_special_tokens=False) if prefix else []
+    prefix_ids = policy.prompts.encode(prefix) if prefix else []
     prompt_ids += prefix_ids
     turn = Turn(
         id=-1,
@@ -250,7 +250,7 @@ def _text(policy: Policy, turn: Turn, sampling: SamplingParams) -> str:
     ids, reason = turn.completion.token_ids, turn.completion.stop_reason
     if reason is StopReason.STOP and ids and ids[-1] in policy.prompts.eos_ids:
         ids = ids[:-1]
-    text = policy.tokenizer.decode(ids, skip_special_tokens=False)
+    text = policy.prompts.decode(ids)
     cuts = [text.find(s) for s in sampling.stop if s in text]
     return text[: min(cuts)] if cuts else text
 

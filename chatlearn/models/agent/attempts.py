@@ -60,11 +60,32 @@ class _Attempt:
         return any(child.place == place or child.ran(place) for child in self.children)
 
 
+@dataclass(frozen=True, slots=True)
+class CallStart:
+    """What LangChain's callbacks were told of a call of a chat model: what ``Position.of`` reads.
+
+    LangChain calls ``_stream`` without the run manager that ``_generate`` gets, so a streamed call
+    could not know its node otherwise.
+    """
+
+    metadata: dict[str, Any]
+    tags: list[str]
+    parent_run_id: UUID | None
+
+
+_starting: ContextVar[CallStart | None] = ContextVar("chatlearn_starting", default=None)
+
+
+def starting_call() -> CallStart | None:
+    """The call of a chat model that this task started last; None outside one."""
+    return _starting.get()
+
+
 class Attempts(BaseCallbackHandler):
     """Listens to one agent run; asked at its end."""
 
-    run_inline = True  # events in their order, none in a thread pool
-    ignore_llm = ignore_chat_model = ignore_retriever = True
+    run_inline = True  # events in their order, in the task or thread that goes on
+    ignore_llm = ignore_retriever = True
     ignore_retry = ignore_custom_event = ignore_agent = True
 
     def __init__(self) -> None:
@@ -155,6 +176,19 @@ class Attempts(BaseCallbackHandler):
     ) -> None:
         # only a link to what is above it: a tool that the model calls twice was asked for twice
         self._runs[run_id] = _Attempt("", parent_run_id)
+
+    def on_chat_model_start(
+        self,
+        serialized: dict[str, Any] | None,
+        messages: list[list[Any]],
+        *,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        tags: list[str] | None = None,
+        metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _starting.set(CallStart(metadata or {}, tags or [], parent_run_id))
 
 
 def send_index(metadata: dict[str, Any]) -> int | None:

@@ -21,10 +21,11 @@ from pydantic import ConfigDict, Field, PrivateAttr
 
 from chatlearn.errors import AgentError
 from chatlearn.models.agent.asking import Policy, Position, ask
+from chatlearn.models.agent.attempts import starting_call
 from chatlearn.models.agent.chat import structured_output
 from chatlearn.models.agent.chat.bound_tools import called_tool, shown_tools
 from chatlearn.models.agent.chat.call_settings import SAMPLING, wish_of
-from chatlearn.models.agent.chat.message_chunks import cut, starting_call
+from chatlearn.models.agent.chat.message_chunks import cut
 from chatlearn.models.agent.messages import to_openai
 from chatlearn.models.agent.parsers.segments import PlainParser
 from chatlearn.models.agent.prompt_builder import PromptBuilder

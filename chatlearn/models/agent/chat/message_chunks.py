@@ -10,15 +10,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
-from uuid import UUID
 
-from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.messages.tool import tool_call_chunk
-from langchain_core.tracers.context import register_configure_hook
 
 _WORDS = re.compile(r"\s*\S+|\s+\Z")
 _LAST = {"chunk_position": "last"} if "chunk_position" in AIMessageChunk.model_fields else {}
@@ -61,47 +55,3 @@ def cut(message: AIMessage) -> Iterator[AIMessageChunk]:
         usage_metadata=message.usage_metadata,
         **_LAST,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class CallStart:
-    """What LangChain's callbacks were told of a call: what ``Position.of`` reads."""
-
-    metadata: dict[str, Any]
-    tags: list[str]
-    parent_run_id: UUID | None
-
-
-class _CallStarts(BaseCallbackHandler):
-    """Remembers, in its own context, the call that is starting.
-
-    LangChain calls ``_stream`` without the run manager (``_generate`` gets it), so a streamed call
-    could not know its node otherwise.
-    """
-
-    run_inline = True  # in the task that goes on to call _stream
-    ignore_llm = ignore_chain = ignore_agent = ignore_retriever = True
-    ignore_retry = ignore_custom_event = True
-
-    def on_chat_model_start(
-        self,
-        serialized: dict[str, Any],
-        messages: list[list[Any]],
-        *,
-        run_id: UUID,
-        parent_run_id: UUID | None = None,
-        tags: list[str] | None = None,
-        metadata: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        _starting.set(CallStart(metadata or {}, tags or [], parent_run_id))
-
-
-_starting: ContextVar[CallStart | None] = ContextVar("chatlearn_starting", default=None)
-_listening: ContextVar[_CallStarts] = ContextVar("chatlearn_call_starts", default=_CallStarts())  # noqa: B039
-register_configure_hook(_listening, inheritable=False)
-
-
-def starting_call() -> CallStart | None:
-    """The call of a chat model that this task started last; None outside one."""
-    return _starting.get()
