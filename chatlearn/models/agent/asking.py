@@ -8,7 +8,6 @@ the policy said is rendered by nobody, wherever it stands.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -108,20 +107,49 @@ async def ask(
     if not messages:
         raise AgentError("the policy was called without messages; give it at least one")
     started = time.perf_counter()
-    recorder = run.recorder
+    asked = _prepare(run, policy, messages, wish, position)
+    built = time.perf_counter()
+    try:
+        asked.turn.completion = await run.engine.generate(
+            asked.turn.prompt_ids, asked.sampling, session=run.session
+        )
+    except EngineError as error:
+        run.engine_error = run.engine_error or error
+        raise
+    asked.turn.timings = {"prompt_s": built - started, "engine_s": time.perf_counter() - built}
+    return _record(run, policy, wish, position, asked)
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A call on its way to the engine and back."""
+
+    turn: Turn
+    """Its completion is still to come."""
+    heard: Conversation
+    sampling: SamplingParams
+    prefix: str
+    is_thinking: bool
+    """The prompt ends inside the reasoning block."""
+
+
+def _prepare(
+    run: Run, policy: Policy, messages: Sequence[BaseMessage], wish: Wish, position: Position
+) -> _Asked:
+    """Place the call in the tree, and build what the engine is given."""
+    recorder, prompts = run.recorder, policy.prompts
     heard = recorder.hear(messages, repr(wish.tools).encode() if wish.tools else b"")
     parent, covered = recorder.parent(heard)
-    prompt_ids = _prompt(run, policy, heard, parent, covered, wish.tools)
+    prompt_ids = _prompt(run, prompts, heard, parent, covered, wish.tools)
     if parent is None:
         parent = recorder.begins(prompt_ids)
-    is_thinking = policy.parser.opens_thinking(policy.prompts.decode(prompt_ids[-_ENDING:]))
+    is_thinking = policy.parser.opens_thinking(prompts.decode(prompt_ids[-_ENDING:]))
     prefix = _prefix(policy, wish, is_thinking)
-    prefix_ids = policy.prompts.encode(prefix) if prefix else []
-    prompt_ids += prefix_ids
+    prefix_ids = prompts.encode(prefix) if prefix else []
     turn = Turn(
-        id=-1,
+        id=-1,  # of the order of answers, so it is not known yet
         parent=None if parent is None else parent.id,
-        prompt_ids=prompt_ids,
+        prompt_ids=prompt_ids + prefix_ids,
         completion=Completion([], [], StopReason.ABORT, (0, 0)),
         prefilled=len(prefix_ids),
         node=position.node,
@@ -132,35 +160,33 @@ async def ask(
         tags=position.tags,
     )
     sampling = _sampling(run, turn, wish)
+    turn.temperature = sampling.temperature
+    turn.excluded = "greedy" if sampling.temperature == 0 and not run.is_greedy else ""
     recorder.counts["tool_errors"] += sum(
         m.type == "tool" and getattr(m, "status", "") == "error" for m in messages[covered:]
     )
-    built = time.perf_counter()
-    try:
-        turn.completion = await run.engine.generate(prompt_ids, sampling, session=run.session)
-    except EngineError as error:
-        run.engine_error = run.engine_error or error
-        raise
-    except asyncio.CancelledError:
-        recorder.counts["cancelled_calls"] += 1
-        raise
+    return _Asked(turn, heard, sampling, prefix, is_thinking)
+
+
+def _record(
+    run: Run, policy: Policy, wish: Wish, position: Position, asked: _Asked
+) -> tuple[Turn, AIMessage]:
+    """Read the completion, and keep the turn."""
+    recorder, turn = run.recorder, asked.turn
     turn.id = len(recorder.turns)
-    turn.temperature = sampling.temperature
-    turn.excluded = "greedy" if sampling.temperature == 0 and not run.is_greedy else ""
-    turn.timings = {"prompt_s": built - started, "engine_s": time.perf_counter() - built}
-    text = prefix + _text(policy, turn, sampling)
-    parsed = policy.parser.parse(text, wish.tools, thinking_open=is_thinking)
+    text = asked.prefix + _text(policy, turn, asked.sampling)
+    parsed = policy.parser.parse(text, wish.tools, thinking_open=asked.is_thinking)
     turn.tool_calls = tuple(call.name or "" for call in parsed.calls)
     recorder.counts["tool_calls"] += len(parsed.calls)
     recorder.counts["invalid_tool_calls"] += sum(call.error is not None for call in parsed.calls)
     answer = _message(run, policy, turn, parsed)
-    recorder.record(turn, heard, answer, position.caller)
+    recorder.record(turn, asked.heard, answer, position.caller)
     return turn, answer
 
 
 def _prompt(
     run: Run,
-    policy: Policy,
+    prompts: PromptBuilder,
     heard: Conversation,
     parent: Turn | None,
     covered: int,
@@ -168,11 +194,8 @@ def _prompt(
 ) -> list[int]:
     """The tokens of ``heard``: those held of ``parent``, sampled ones where the run's own answers
     stand, and the template's rendering of the rest. [P]"""
-    prompts, messages = (
-        policy.prompts,
-        [to_openai(m) for m in heard.messages[max(covered - 1, 0) :]],
-    )
     offset = max(covered - 1, 0)
+    messages = [to_openai(message) for message in heard.messages[offset:]]
     held = None if parent is None else parent.token_ids
     start = covered - offset
 

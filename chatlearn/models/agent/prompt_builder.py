@@ -26,6 +26,7 @@ from datetime import date
 from typing import Any
 
 from chatlearn.errors import AgentError, ConfigError
+from chatlearn.models.agent.templates.encoding import Encoding
 from chatlearn.models.agent.templates.render import STUB, TemplateRender
 from chatlearn.types import Message
 
@@ -67,7 +68,7 @@ class PromptBuilder:
         self._plans: dict[tuple, tuple[int, bool]] = {}
         self._lasts: dict[str, str] = {}
         self._closings: dict[str, list[int]] = {}
-        self._backend = self._find_backend()
+        self._encoding = Encoding(tokenizer, "".join(self.eos_names.values()))
         self.end_of_turn_id = self._find_end_of_turn()
         """The end token that the template writes; None where the next message's role ends a turn.
         """
@@ -139,30 +140,11 @@ class PromptBuilder:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` as it is; nothing is put in front. [N]"""
-        backend = self._backend
-        if backend is not None and backend.truncation is None and backend.padding is None:
-            return backend.encode(text, add_special_tokens=False).ids
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self._encoding.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` [N], special tokens included."""
-        if self._backend is not None:
-            return self._backend.decode(list(ids), skip_special_tokens=False)
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
-
-    def _find_backend(self) -> Any:
-        """The tokenizer's Rust half, where it alone gives the same ids and text, and sooner."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None or getattr(self.tokenizer, "split_special_tokens", False):
-            return None
-        probe = f"{STUB} é\n{''.join(self.eos_names.values())} two  spaces , it 's . "
-        ids = self.tokenizer.encode(probe, add_special_tokens=False)
-        text = self.tokenizer.decode(ids, skip_special_tokens=False)
-        is_same = (
-            backend.encode(probe, add_special_tokens=False).ids == ids
-            and backend.decode(ids, skip_special_tokens=False) == text
-        )
-        return backend if is_same else None
+        return self._encoding.decode(ids)
 
     def _encode_after(self, token: str, text: str) -> list[int]:
         """Ids of ``text`` as it is tokenised behind a special token.

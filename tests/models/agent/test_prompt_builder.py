@@ -200,3 +200,11 @@ def test_a_turn_costs_the_same_after_a_long_history(tokenizer, say):
     for turn in range(50):
         held = prompts.extend(held + say("ho<|im_end|>"), ANSWER, [{**MORE, "content": f"{turn}"}])
     assert max(map(len, rendered)) == 3
+
+
+def test_a_tokenizer_that_user_code_left_truncating_still_encodes_whole_texts(tokenizer):
+    prompts = PromptBuilder(tokenizer, [tokenizer.eos_token_id])
+    tokenizer("long enough", truncation=True, max_length=3)
+    assert tokenizer.backend_tokenizer.truncation is not None
+    assert prompts.decode(prompts.encode("long enough <|im_end|>")) == "long enough <|im_end|>"
+    tokenizer.backend_tokenizer.no_truncation()
