@@ -29,6 +29,9 @@ from chatlearn.types import Completion, SamplingParams, Session
 
 logger = logging.getLogger(__name__)
 
+_LOOK_S = 0.1
+"""Seconds between two looks whether an engine is back."""
+
 Send = Callable[[Weights, Sequence[int], int], Awaitable[Sent]]
 """Moves weights into the engines with these indices, as this version."""
 Expect = Callable[[Weights], Awaitable["dict[str, str] | None"]]
@@ -100,7 +103,7 @@ class SGLangFleet:
         await self.pool.abort(session)
 
     async def publish(self, weights: Weights, *, version: int) -> None:
-        """Bring ``weights`` into every living engine.
+        """Bring ``weights`` into every living engine; where none lives, wait until one is back.
 
         Raises ``EngineError`` when an engine refuses them or has others afterwards: sampling from
         half of an update would train on the wrong distribution.
@@ -110,19 +113,11 @@ class SGLangFleet:
             await self._settled.wait()
             await self._sleep({"kv_cache"})
             await self._wake({"weights"})
-        async with self._publishing:
-            while True:
-                targets = sorted(self.pool.alive)
-                if not targets:
-                    raise EngineError("no engine is alive to take new weights; see their logs")
-                try:
-                    await self._deliver(weights, targets, version)
-                    break
-                except EngineLost as error:
-                    await self._drop_the_lost(targets, error)
-            self._weights, self._version = weights, version
-            self.pool.version = version
-            self._publishes += 1
+        is_delivered = False
+        while not is_delivered:
+            await self._wait_for_one()
+            async with self._publishing:
+                is_delivered = await self._try_to_deliver(weights, version)
         await self._wake({"kv_cache"})
 
     async def sleep(self) -> None:
@@ -164,6 +159,31 @@ class SGLangFleet:
         await asyncio.gather(*self._keepers, return_exceptions=True)
         await self.pool.close()
         await asyncio.gather(*(engine.close() for engine in self._engines))
+
+    async def _try_to_deliver(self, weights: Weights, version: int) -> bool:
+        """Whether every engine of the pool has ``weights``; those lost on the way leave it."""
+        targets = sorted(self.pool.alive)
+        if not targets:  # the last one was lost while this waited for its turn
+            return False
+        try:
+            await self._deliver(weights, targets, version)
+        except EngineLost as error:
+            await self._drop_the_lost(targets, error)
+            return False
+        self._weights, self._version = weights, version
+        self.pool.version = version
+        self._publishes += 1
+        return True
+
+    async def _wait_for_one(self) -> None:
+        """Until an engine is alive; raises ``EngineError`` when none will be."""
+        deadline = time.monotonic() + self._policy.engine_start_timeout_s
+        while not self.pool.alive:
+            self._check()
+            given_up = all(keeper.done() for keeper in self._keepers)
+            if given_up or time.monotonic() > deadline:
+                raise EngineError("no engine is alive to take new weights; see their logs")
+            await asyncio.sleep(_LOOK_S)
 
     async def _deliver(self, weights: Weights, targets: Sequence[int], version: int) -> None:
         engines = [self._engines[i] for i in targets]
@@ -259,6 +279,7 @@ class SGLangFleet:
                 self.pool.readmit(index)
             else:
                 await self._deliver(self._weights, [index], self._version)
+                self.pool.readmit(index)
         self._counts["engine/restarts"] += 1
 
 
