@@ -24,8 +24,10 @@ from rich.table import Table
 HERE = Path(__file__).resolve().parent
 
 
-def train(name: str, seed: int, train_file: Path, options: argparse.Namespace, out: str) -> Path:
-    """One run in a process of its own; returns its folder."""
+def train(
+    name: str, seed: int, train_file: Path, options: argparse.Namespace, out: str, **more: object
+) -> Path:
+    """One run in a process of its own, with ``more`` keys; returns its folder."""
     settings = {
         "runtime_args.exp_name": name,
         "runtime_args.output_dir": out,
@@ -43,6 +45,7 @@ def train(name: str, seed: int, train_file: Path, options: argparse.Namespace, o
         "models.policy.max_seq_len": 256,
         "models.policy.eval_temperature": 1,
         "models.policy.eval_top_p": 1,
+        **more,
     }
     command = [sys.executable, "-m", "chatlearn", "grpo"]
     command += ["--config-file", str(HERE.parent / "template/local_cpu.yaml")]

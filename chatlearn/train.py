@@ -4,8 +4,9 @@
 
 One function for one process on a CPU and for a cluster: the difference is the ``Cluster`` it is
 given (law 6). Left out of the textbook on purpose: no value model (the group is the baseline), no
-second policy forward for old logprobs (the engine's own are recorded), no reference forward unless
-``kl_coef`` asks for one, and no filter for stale samples (slots bound staleness).
+second policy forward for old logprobs (the engine's own are recorded) unless ``decoupled`` asks for
+one, no reference forward unless ``kl_coef`` does, and no filter for stale samples (slots bound
+staleness).
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from chatlearn.algorithm.advantages import group_advantages, turn_advantages
-from chatlearn.algorithm.packing import pack
-from chatlearn.algorithm.samples import to_samples
+from chatlearn.algorithm.aggregation import step_batches
+from chatlearn.algorithm.corrections import decoupled
+from chatlearn.algorithm.objective import is_of_rollouts
+from chatlearn.algorithm.scoring import Scoring
 from chatlearn.config import GrpoConfig
 from chatlearn.data.prompt_dataset import read_tasks
 from chatlearn.data.prompt_stream import PromptStream
@@ -23,10 +25,15 @@ from chatlearn.interfaces import Cluster
 from chatlearn.models.agent.evaluation import evaluate
 from chatlearn.models.agent.rollout_manager import RolloutManager
 from chatlearn.observability.checkpoints import episode_of, read_loop_state, write_loop_state
-from chatlearn.observability.metrics import eval_metrics, merge_steps, rollout_metrics
+from chatlearn.observability.metrics import (
+    advantage_metrics,
+    eval_metrics,
+    merge_steps,
+    rollout_metrics,
+)
 from chatlearn.observability.run_folder import RunFolder
 from chatlearn.observability.tracker import Tracker
-from chatlearn.types import Group, Sample, Task
+from chatlearn.types import Sample, Task
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +55,17 @@ async def train(cfg: GrpoConfig, cluster: Cluster, run: RunFolder, tracker: Trac
             with tracker.episode(0) as log:
                 log(await _evaluate(cfg, cluster, eval_tasks, run, tracker, episode=0))
 
+        scoring = _scoring(cfg)
         async with _rollout_manager(cfg, cluster, stream, tracker) as rollouts:
             for episode in range(start + 1, args.num_episode + 1):
                 with tracker.episode(episode) as log:
                     with tracker.timer("rollout", expected=args.sample_per_episode):
                         groups = await rollouts.next_groups()
-                    advantages, rows = _score(groups)
+                    advantages, rows = scoring(groups)
                     with tracker.timer("train"):
                         log(merge_steps(await _learn(cfg, cluster, rows, version=episode)))
                     log(rollout_metrics(groups) | rollouts.metrics() | cluster.metrics())
+                    log(advantage_metrics(advantages.values()))
                     samples = [sample for row in rows for sample in row]
                     run.write_rollouts(episode, groups + rollouts.dropped, advantages, samples)
                     if cfg.evaluates_after(episode):
@@ -72,22 +81,6 @@ async def train(cfg: GrpoConfig, cluster: Cluster, run: RunFolder, tracker: Trac
     run.finish()
 
 
-def _score(groups: Sequence[Group]) -> tuple[dict[str, float], list[list[Sample]]]:
-    """Advantage of every trainable trajectory by uid, and its samples as one row of a list.
-
-    Tokens of turns with a reward of their own have that turn's advantage in them instead.
-    """
-    advantages = {uid: a for group in groups for uid, a in group_advantages(group).items()}
-    own = {uid: turns for group in groups for uid, turns in turn_advantages(group).items()}
-    rows = [
-        to_samples(trajectory, advantages[trajectory.uid], own[trajectory.uid])
-        for group in groups
-        for trajectory in group.trajectories
-        if trajectory.uid in advantages
-    ]
-    return advantages, rows
-
-
 async def _learn(
     cfg: GrpoConfig, cluster: Cluster, rows: Sequence[list[Sample]], *, version: int
 ) -> list[dict[str, float]]:
@@ -97,23 +90,56 @@ async def _learn(
     denominator and out of the forward pass. A rollout is never split over two steps.
     """
     settings, size = cfg.models.policy_trainer, cfg.runtime_args.rollouts_per_step
-    needs_all_rows = settings.kl_coef > 0 or settings.entropy_coef != 0
     metrics = []
     async with cluster.training():
+        if settings.decoupled:
+            rows = await _against_proximal(cfg, cluster, rows)
         for _ in range(cfg.runtime_args.num_training_epoch):
             for i in range(0, len(rows), size):
-                samples = [sample for row in rows[i : i + size] for sample in row]
-                batches = pack(
-                    samples,
-                    settings.max_token_in_packing,
-                    keep_zero_advantages=needs_all_rows,
+                batches = step_batches(
+                    [sample for row in rows[i : i + size] for sample in row],
+                    settings.aggregation,
+                    horizon=cfg.models.policy.max_response_tokens_length,
+                    max_tokens=settings.max_token_in_packing,
                     ranks=cluster.trainer.ranks,
+                    all_rows=settings.kl_coef > 0 or settings.entropy_coef != 0,
+                    whole_rollouts=is_of_rollouts(settings.loss, settings.correction),
                 )
                 if batches:
                     metrics.append(await cluster.trainer.step(batches))
         weights = await cluster.trainer.weights()
     await cluster.engine.publish(weights, version=version)
     return metrics
+
+
+async def _against_proximal(
+    cfg: GrpoConfig, cluster: Cluster, rows: Sequence[list[Sample]]
+) -> list[list[Sample]]:
+    """``rows`` with the trainer's own logprobs, and the correction towards the engine's."""
+    settings = cfg.models.policy_trainer
+    samples = [sample for row in rows for sample in row]
+    changed = decoupled(
+        samples,
+        await cluster.trainer.logprobs(samples),
+        settings.correction,
+        low=settings.correction_low,
+        high=settings.correction_high,
+    )
+    following = iter(changed)
+    return [[next(following) for _ in row] for row in rows]
+
+
+def _scoring(cfg: GrpoConfig) -> Scoring:
+    """How groups become advantages and samples."""
+    settings = cfg.models.policy_trainer
+    return Scoring(
+        advantage=settings.advantage,
+        turn_discount=settings.turn_discount,
+        overlong_buffer=settings.overlong_buffer,
+        overlong_penalty=settings.overlong_penalty,
+        max_tokens=cfg.models.policy.max_response_tokens_length,
+        aggregation=settings.aggregation,
+    )
 
 
 async def _evaluate(

@@ -356,5 +356,6 @@ class MicroBatch:
     weights: torch.Tensor  # [T] float32, Sample.weight of the token's sample
     trajectories: list[str]  # [N] ``Sample.trajectory`` of each sample, to name it in errors
     denominator: float
-    """Sum of the weights of all trained tokens of the optimizer step, over every micro-batch and
-    rank: the same number everywhere, so how rows are cut and spread changes nothing (law 3)."""
+    """What the sum of all token losses of the optimizer step is divided by, over every micro-batch
+    and rank (``algorithm/aggregation.py``): the same number everywhere, so how rows are cut and
+    spread changes nothing (law 3)."""

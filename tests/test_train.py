@@ -7,8 +7,8 @@ import signal
 import pytest
 
 from chatlearn.algorithm.advantages import group_advantages, turn_advantages
+from chatlearn.algorithm.scoring import Scoring
 from chatlearn.observability.rollout_files import read_rollouts
-from chatlearn.train import _score
 from chatlearn.types import Completion, Group, StopReason, Task, Trajectory, Turn
 
 GAP = 1e-4
@@ -144,7 +144,7 @@ def test_a_turn_with_a_reward_of_its_own_is_trained_on_it():
         return Trajectory(task, turns, reward, uid=uid)
 
     group = Group(task, [run("a", 1.0, 0.0), run("b", 0.0, 1.0)])
-    advantages, rows = _score([group])
+    advantages, rows = Scoring()([group])
     assert advantages == group_advantages(group)
     own = turn_advantages(group)
     a, b = advantages["a"], own["b"][1]

@@ -89,9 +89,9 @@ NOT_HERE: dict[str, str] = {
     "models.policy.seq_length": "it is derived; set models.policy.max_seq_len",
     "models.policy.enable_stage_resume": _LEDGER,
     # models.policy_trainer
-    "models.policy_trainer.diff_clip_ratio": "the loss has no second clip; leave it out",
-    "models.policy_trainer.final_clip_ratio": "the loss has no second clip; leave it out",
-    "models.policy_trainer.use_group_sequence_policy": "GSPO does not exist here; leave it out",
+    "models.policy_trainer.diff_clip_ratio": "log ratios are not clamped; leave it out",
+    "models.policy_trainer.final_clip_ratio": "set models.policy_trainer.dual_clip_ratio",
+    "models.policy_trainer.use_group_sequence_policy": "set models.policy_trainer.loss=gspo",
     "models.policy_trainer.fsdp_size": "it is models.policy_trainer.num_gpu; set that",
     "models.*.ulysses_sequence_parallel_size": "sequences are not split over GPUs; leave it out",
     "models.*.meta_init": "weights are always loaded straight from the files; leave it out",

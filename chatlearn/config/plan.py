@@ -203,11 +203,22 @@ def _episode(cfg: GrpoConfig) -> Iterator[Line]:
         f"{run.rollouts_per_step:,} rollouts{passes}), {cfg.total_steps:,} in total; lr "
         f"{trainer.optimizer.lr:g} {trainer.optimizer.lr_schedule}",
     )
+    yield "learning", _objective(cfg)
     if run.max_staleness:
         age = _count(run.max_staleness, "episode")
         yield "staleness", f"rollouts may be sampled by weights {age} old"
     else:
         yield "staleness", "0: every rollout is sampled by the weights it trains"
+
+
+def _objective(cfg: GrpoConfig) -> str:
+    trainer = cfg.models.policy_trainer
+    parts = [f"advantages by {trainer.advantage}", f"loss {trainer.loss}, {trainer.aggregation}"]
+    if trainer.decoupled:
+        parts.append("ratios against the trainer's own logprobs (one more forward an episode)")
+    if trainer.correction != "none":
+        parts.append(f"correction {trainer.correction}")
+    return "; ".join(parts)
 
 
 def _tokens(cfg: GrpoConfig) -> Iterator[Line]:

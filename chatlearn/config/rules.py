@@ -25,7 +25,7 @@ class Conflict(NamedTuple):
 
 def conflicts(cfg: GrpoConfig) -> list[Conflict]:
     """Everything in ``cfg`` that cannot be true at once, whatever each key says alone."""
-    rules = (_devices, _batches, _lengths, _models, _colocation, _companions)
+    rules = (_devices, _batches, _lengths, _models, _colocation, _companions, _losses, _weights)
     return [conflict for rule in rules for conflict in rule(cfg)]
 
 
@@ -252,3 +252,93 @@ def _companions(cfg: GrpoConfig) -> Iterator[Conflict]:
                 f"{section}.min_lr = {optimizer.min_lr} is more than {section}.lr = "
                 f"{optimizer.lr}; the rate falls from lr to min_lr, so lower the first",
             )
+
+
+def _losses(cfg: GrpoConfig) -> Iterator[Conflict]:
+    """Keys of the advantage and the loss that would do nothing."""
+    trainer, section = cfg.models.policy_trainer, "models.policy_trainer"
+    if trainer.advantage == "gigpo" and not trainer.turn_discount:
+        yield Conflict(
+            (f"{section}.advantage", f"{section}.turn_discount"),
+            f"{section}.advantage = gigpo with {section}.turn_discount = 0: no turn but the last "
+            "would be credited with the run's reward; set turn_discount=0.95",
+        )
+    limit = cfg.models.policy.max_response_tokens_length
+    if trainer.overlong_buffer > limit:
+        keys = (f"{section}.overlong_buffer", "models.policy.max_response_tokens_length")
+        yield Conflict(
+            keys,
+            f"{keys[0]} = {trainer.overlong_buffer} is more than {keys[1]} = {limit}: every "
+            "rollout would be punished; lower the first",
+        )
+    if trainer.dual_clip_ratio is not None and trainer.loss != "clip":
+        yield Conflict(
+            (f"{section}.dual_clip_ratio", f"{section}.loss"),
+            f"{section}.dual_clip_ratio = {trainer.dual_clip_ratio} with {section}.loss = "
+            f"{trainer.loss}: only the clipped surrogate has that bound; set loss=clip, or leave "
+            "dual_clip_ratio out",
+        )
+    if trainer.loss == "gmpo" and trainer.aggregation != "seq-mean-token-mean":
+        yield Conflict(
+            (f"{section}.loss", f"{section}.aggregation"),
+            f"{section}.loss = gmpo with {section}.aggregation = {trainer.aggregation}: the "
+            "geometric mean is of a rollout, and each counts once; set "
+            "aggregation=seq-mean-token-mean",
+        )
+    if trainer.kl_estimator != "k3" and not trainer.kl_coef:
+        yield Conflict(
+            (f"{section}.kl_estimator", f"{section}.kl_coef"),
+            f"{section}.kl_estimator = {trainer.kl_estimator} does nothing with {section}.kl_coef "
+            "= 0; set a kl_coef, or leave kl_estimator out",
+        )
+
+
+_TRUNCATED = ("token-tis", "sequence-tis")
+_CONTAIN_THE_RATIO = (*_TRUNCATED, "icepop")
+
+
+def _weights(cfg: GrpoConfig) -> Iterator[Conflict]:
+    """The correction, and what its ratio is against."""
+    trainer, section = cfg.models.policy_trainer, "models.policy_trainer"
+    key, kind = f"{section}.correction", trainer.correction
+    limits = {"correction_low": trainer.correction_low, "correction_high": trainer.correction_high}
+    for name, limit in limits.items():
+        if limit is not None and kind == "none":
+            yield Conflict(
+                (f"{section}.{name}", key),
+                f"{section}.{name} = {limit} does nothing with {key} = none; set a correction, or "
+                f"leave {name} out",
+            )
+    if kind in _TRUNCATED and trainer.correction_low is not None:
+        yield Conflict(
+            (f"{section}.correction_low", key),
+            f"{section}.correction_low = {trainer.correction_low} with {key} = {kind}: truncation "
+            "has an upper limit only; leave correction_low out, or set correction=icepop",
+        )
+    low, high = limits.values()
+    if low is not None and high is not None and low > high:
+        yield Conflict(
+            (f"{section}.correction_low", f"{section}.correction_high"),
+            f"{section}.correction_low = {low} is more than {section}.correction_high = {high}: "
+            "no token would be kept; swap them",
+        )
+    if kind in _CONTAIN_THE_RATIO and trainer.loss != "reinforce" and not trainer.decoupled:
+        yield Conflict(
+            (key, f"{section}.loss", f"{section}.decoupled"),
+            f"{key} = {kind} with {section}.loss = {trainer.loss}: both contain the ratio to the "
+            "engine's probabilities, which would count twice; set decoupled=true, loss=reinforce, "
+            "or correction=token-mask",
+        )
+    if trainer.decoupled and trainer.loss == "reinforce":
+        yield Conflict(
+            (f"{section}.decoupled", f"{section}.loss"),
+            f"{section}.decoupled = true with {section}.loss = reinforce: that loss has no ratio "
+            "to take against other numbers; leave decoupled out",
+        )
+    elif trainer.decoupled and cfg.runtime_args.steps_per_episode == 1:
+        yield Conflict(
+            (f"{section}.decoupled", _STEP, "runtime_args.num_training_epoch"),
+            f"{section}.decoupled = true with one optimizer step an episode: the ratio would "
+            f"always be 1; set {section}.loss=reinforce, which has the same gradient without "
+            f"the extra forward pass, or a smaller {_STEP}",
+        )

@@ -412,14 +412,50 @@ class PolicyTrainerConfig(Section):
     optimizer keeps fp32 masters."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """AdamW and its learning rate."""
+    advantage: Literal[
+        "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gigpo"
+    ] = "grpo"
+    """How rewards become advantages. docs/algorithms.md has the formulas of this and of ``loss``,
+    ``aggregation``, ``correction`` and ``kl_estimator``."""
+    turn_discount: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the reward of a run's next rewarded turn that a rewarded turn is credited with, and
+    so on. 0 = its own reward alone. ``advantage=gigpo`` discounts every turn by it."""
+    overlong_buffer: Whole = 0
+    """Sampled tokens before ``models.policy.max_response_tokens_length`` in which a rollout's
+    reward falls, in a line, by up to ``overlong_penalty``. 0 = off."""
+    overlong_penalty: NotNegative = 1.0
+    """What a rollout that used all its tokens loses; matters only with an ``overlong_buffer``."""
+    loss: Literal["clip", "gspo", "gmpo", "cispo", "sapo", "reinforce"] = "clip"
+    """The policy loss: ``clip`` is the surrogate of PPO and GRPO."""
+    aggregation: Literal[
+        "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
+    ] = "token-mean"
+    """How the losses of tokens become one number. ``seq`` is a rollout, in however many rows."""
+    correction: Literal[
+        "none", "token-tis", "sequence-tis", "icepop", "token-mask", "sequence-mask"
+    ] = "none"
+    """Weight of tokens whose probability under the trainer is not what the engine reported."""
+    correction_low: Annotated[float, Field(gt=0)] | None = None
+    """Smallest ratio that the correction keeps. null = its own default."""
+    correction_high: Annotated[float, Field(gt=0)] | None = None
+    """Largest ratio that the correction keeps. null = its own default."""
+    decoupled: bool = False
+    """Take the ratio of the loss against the trainer's own numbers before the first step of the
+    episode, for one forward pass more, and leave the engine's to the correction."""
     kl_coef: NotNegative = 0.0
     """Weight of the KL penalty towards the reference. 0 = no reference is loaded."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """How the KL penalty is estimated at the sampled tokens."""
     entropy_coef: NotNegative = 0.0
     """Weight of the entropy bonus. 0 = off."""
     pos_clip_ratio: Annotated[float, Field(gt=0)] = 0.2
-    """The probability ratio is clipped at 1 + this (the upper clip of PPO and GRPO)."""
+    """The probability ratio is clipped at 1 + this (the upper clip of PPO and GRPO). The losses
+    ``sapo`` and ``reinforce`` have no clip."""
     neg_clip_ratio: Share = 0.2
-    """The probability ratio is clipped at 1 - this."""
+    """The probability ratio is clipped at 1 - this; 1 = not below."""
+    dual_clip_ratio: Annotated[float, Field(gt=1)] | None = None
+    """Largest ratio that still teaches where the advantage is negative (dual-clip PPO, often 3).
+    null = there is no such bound."""
     max_token_in_packing: Positive = 8192
     """Tokens in a micro-batch: rows are laid end to end up to this many. Bounds the memory of a
     training pass; changes nothing else."""

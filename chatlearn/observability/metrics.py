@@ -61,6 +61,15 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     return metrics | _nodes(trajectories) | _user_means(trajectories, "agent/")
 
 
+def advantage_metrics(advantages: Iterable[float]) -> dict[str, float]:
+    """Spread of the advantages of an episode's trained rollouts: ``advantage/std`` and the largest
+    magnitude, ``advantage/max``. Both are 0 where nothing can be learned."""
+    values = list(advantages)
+    if not values:
+        return {}
+    return {"advantage/std": pstdev(values), "advantage/max": max(map(abs, values))}
+
+
 def eval_metrics(groups: Sequence[Group], k: int) -> dict[str, float]:
     """Describe an evaluation with ``k`` rollouts a task.
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from chatlearn.algorithm.advantages import group_advantages, grpo, turn_advantages
+from chatlearn.algorithm.advantages import (
+    ADVANTAGES,
+    anchored_advantages,
+    group_advantages,
+    grpo,
+    overlong_penalty,
+    turn_advantages,
+)
 from chatlearn.types import Completion, Group, Outcome, StopReason, Task, Trajectory, Turn
 
 TASK = Task("t:0", [], "agent", None, "src", None)
@@ -158,3 +165,97 @@ def test_turns_of_one_trainable_run_are_not_compared():
     assert turn_advantages(alone) == group_advantages(alone) == {}
     many = Group(TASK, [run("a", 1.0), run("b", 0.0), run("c", None)])
     assert turn_advantages(many).keys() == group_advantages(many).keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # rewards [0, 1, 2] and [4, 4]; sample std of the first group 1; over all five rewards the
+        # mean is 2.2 and the variance (4.84 + 1.44 + 0.04 + 2 * 3.24) / 4 = 3.2
+        ("grpo", [[-1, 0, 1], [0, 0]]),
+        ("dr_grpo", [[-1, 0, 1], [0, 0]]),
+        ("rloo", [[0 - 1.5, 1 - 1, 2 - 0.5], [0, 0]]),
+        ("reinforce_pp", [[x / 3.2**0.5 for x in (-2.2, -1.2, -0.2)], [1.8 / 3.2**0.5] * 2]),
+        # deviations -1 0 1 0 0: variance 2 / 4
+        ("reinforce_pp_baseline", [[-(2**0.5), 0, 2**0.5], [0, 0]]),
+    ],
+)
+def test_estimators_by_hand(name, expected):
+    got = ADVANTAGES[name]([[0.0, 1.0, 2.0], [4.0, 4.0]])
+    for group, wanted in zip(got, expected, strict=True):
+        assert group == pytest.approx(wanted, abs=2e-6)
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_no_estimator_divides_by_nothing(name):
+    assert ADVANTAGES[name]([]) == []
+    assert ADVANTAGES[name]([[0.3] * 3, [0.3] * 2]) == [[0.0] * 3, [0.0] * 2]
+    if name != "reinforce_pp":
+        assert ADVANTAGES[name]([[5.0]]) == [[0.0]]
+
+
+def test_batch_estimators_see_the_groups_of_the_episode_that_can_be_compared():
+    one = Group(TASK, [run("a", 0.0), run("b", 1.0)])
+    two = Group(TASK, [run("c", 4.0), run("d", 4.0)])
+    alone = Group(TASK, [run("e", 99.0), run("f", None)])
+    got = group_advantages(one, two, alone, estimator="reinforce_pp")
+    values = ADVANTAGES["reinforce_pp"]([[0.0, 1.0], [4.0, 4.0]])
+    assert got == dict(zip("abcd", values[0] + values[1], strict=True))
+
+
+def test_turns_are_compared_over_the_batch_where_the_estimator_is():
+    one = Group(TASK, [spoken("a", 1.0, ("n", 0.0)), spoken("b", 1.0, ("n", 1.0))])
+    two = Group(TASK, [spoken("c", 1.0, ("n", 4.0)), spoken("d", 1.0, ("m", 7.0))])
+    own = turn_advantages(one, two, estimator="reinforce_pp")
+    [[a, b], [c]] = ADVANTAGES["reinforce_pp"]([[0.0, 1.0], [4.0]])
+    assert own == {"a": {0: a}, "b": {0: b}, "c": {0: c}, "d": {0: 0.0}}
+    apart = turn_advantages(one, two, estimator="rloo")
+    assert apart == {"a": {0: -1.0}, "b": {0: 1.0}, "c": {0: 0.0}, "d": {0: 0.0}}
+
+
+def test_a_rewarded_turn_is_credited_with_the_next_ones():
+    """
+    run a   n 1.0   n -   n 0.5   n! 9.0      returns  1 + 0.5 * 0.5 = 1.25,  0.5
+    run b   n 0.0                             returns  0
+    """
+    group = Group(
+        TASK,
+        [
+            spoken("a", 1.0, ("n", 1.0), ("n", None), ("n", 0.5), ("!n", 9.0)),
+            spoken("b", 0.0, ("n", 0.0)),
+        ],
+    )
+    own = turn_advantages(group, estimator="dr_grpo", discount=0.5)
+    mean = 1.75 / 3
+    assert own["a"] == pytest.approx({0: 1.25 - mean, 2: 0.5 - mean})
+    assert own["b"] == pytest.approx({0: -mean})
+
+
+def test_gigpo_compares_turns_that_stood_before_the_same_prompt():
+    """
+    run a, reward 1   n [0]   n [0]      returns 0.5 and 1; both prompts are the same state
+    run b, reward 0   n [0]              return 0
+
+    runs: mean 0.5, std sqrt(0.5): +- sqrt(0.5); turns 0.5 1 0: mean 0.5, std 0.5: 0, 1, -1
+    """
+    group = Group(TASK, [spoken("a", 1.0, ("n", None), ("n", None)), spoken("b", 0.0, ("n", None))])
+    of_run = group_advantages(group, estimator="gigpo")
+    own = anchored_advantages(group, of_run=of_run, discount=0.5)
+    half = 0.5**0.5
+    assert own["a"] == pytest.approx({0: half, 1: half + 1}, abs=1e-5)
+    assert own["b"] == pytest.approx({0: -half - 1}, abs=1e-5)
+
+
+def test_gigpo_turns_alone_in_their_state_have_the_runs_advantage():
+    group = Group(TASK, [spoken("a", 1.0, ("n", None)), spoken("b", 0.0, ("m", None))])
+    of_run = group_advantages(group)
+    own = anchored_advantages(group, of_run=of_run, discount=0.9)
+    assert own == {"a": {0: of_run["a"]}, "b": {0: of_run["b"]}}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "penalty"), [(0, 0), (60, 0), (70, -0.25), (100, -1), (130, -1)]
+)
+def test_overlong_rollouts_lose(tokens, penalty):
+    assert overlong_penalty(tokens, 100, 40) == penalty
+    assert overlong_penalty(tokens, 100, 0) == 0

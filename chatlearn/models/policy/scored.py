@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 
+from chatlearn.algorithm.objective import Terms
 from chatlearn.models.policy.attention import Plan
 from chatlearn.models.policy.ranks import Ranks
-from chatlearn.types import MicroBatch
+from chatlearn.types import MicroBatch, Sample
 
 
 @dataclass(slots=True)
@@ -24,6 +25,12 @@ class Placed:
     """The positional arguments of ``Forward``."""
     temperature: float | torch.Tensor
     """Of the scored tokens: one number where they share it, else [N] on the device."""
+    trajectories: list[str] = field(default_factory=list)
+    """[S] without repetition; filled where the loss of a token depends on its whole rollout."""
+    owner: torch.Tensor | None = None
+    """[N] which of ``trajectories`` each scored token belongs to, on the device."""
+    trained: frozenset[str] = frozenset()
+    """Those of ``trajectories`` that have a scored token here."""
 
 
 @dataclass(slots=True)
@@ -35,11 +42,58 @@ class Scored:
     loss: torch.Tensor  # [N]
     sums: torch.Tensor  # [len(SUMS)]
     peaks: torch.Tensor  # [len(PEAKS)]
+    gaps: torch.Tensor
+    """[len(GAP_BINS) + 1] tokens by |policy - rollout| logprob."""
 
 
 SUMS = ("loss", "clip_fraction_low", "clip_fraction_high", "logprob_gap_mean")
-SUMS += ("entropy_estimate", "kl_ref", "entropy")
+SUMS += ("entropy_estimate", "kl_ref", "entropy", "kl_rollout", "ratio_mean", "ratio_square")
+SUMS += ("correction_mean", "correction_zero_fraction")
 PEAKS = ("ratio_max", "logprob_gap_max")
+GAP_BINS = torch.logspace(-8, 2, 241)
+"""Edges of the histogram that quantiles are read from: 24 a decade, so to 5 %."""
+QUANTILES = {"p50": 0.5, "p99": 0.99}
+
+
+@torch.no_grad()
+def summed(
+    placed: Placed,
+    policy: torch.Tensor,
+    rollout: torch.Tensor,
+    entropy: torch.Tensor | None,
+    terms: Terms,
+    total: torch.Tensor,
+) -> Scored:
+    """What a backward leaves for the metrics, in the order of ``SUMS`` and ``PEAKS``."""
+    log_ratio = policy - rollout
+    gap, ratio = log_ratio.abs(), log_ratio.exp()
+    nothing = rollout.new_zeros(())
+    weights = terms.weights
+    sums = [
+        total,
+        terms.clip.clipped_low.sum(),
+        terms.clip.clipped_high.sum(),
+        gap.sum(),
+        -policy.sum(),
+        nothing if terms.kl is None else terms.kl.sum(),
+        nothing if entropy is None else entropy.sum(),
+        (torch.expm1(log_ratio) - log_ratio).sum(),
+        ratio.sum(),
+        ratio.square().sum(),
+        nothing if weights is None else weights.sum(),
+        nothing if weights is None else (weights == 0).sum(),
+    ]
+    places = torch.bucketize(gap, GAP_BINS.to(gap.device))
+    return Scored(
+        placed,
+        policy,
+        terms.loss.detach(),
+        torch.stack([value.detach().float() for value in sums]),
+        torch.stack([largest(terms.clip.ratio), largest(gap)]),
+        torch.zeros(len(GAP_BINS) + 1, device=gap.device).scatter_add_(
+            0, places, torch.ones_like(gap, dtype=torch.float32)
+        ),
+    )
 
 
 def step_metrics(
@@ -54,12 +108,20 @@ def step_metrics(
     """
     sums = torch.stack([s.sums for s in scored]).sum(0)
     peaks = torch.stack([s.peaks for s in scored]).amax(0)
-    *own, grad_norm = torch.cat([sums, peaks, norm.reshape(1)]).tolist()
+    gaps = torch.stack([s.gaps for s in scored]).sum(0)
+    *own, grad_norm = torch.cat([sums, peaks, gaps, norm.reshape(1)]).tolist()
     computed = sum(len(s.placed.batch.token_ids) for s in scored)
     rows = ranks.gather([*own, computed, peak_gb(norm.device)])
-    names = (*SUMS, *PEAKS, "computed", "peak_gb")
+    bins = tuple(f"gap_{i}" for i in range(len(gaps)))
+    names = (*SUMS, *PEAKS, *bins, "computed", "peak_gb")
     columns = dict(zip(names, zip(*rows, strict=True), strict=True))
     metrics = {f"policy/{name}": sum(columns[name]) / trained for name in SUMS}
+    square = metrics.pop("policy/ratio_square")
+    metrics["policy/effective_sample_size"] = metrics["policy/ratio_mean"] ** 2 / square
+    counts = torch.tensor([sum(columns[name]) for name in bins])
+    metrics |= {
+        f"policy/logprob_gap_{name}": _quantile(counts, share) for name, share in QUANTILES.items()
+    }
     metrics["policy/loss"] = sum(columns["loss"])
     metrics |= {f"policy/{name}": max(columns[name]) for name in PEAKS}
     metrics["policy/grad_norm"] = grad_norm
@@ -67,6 +129,18 @@ def step_metrics(
     metrics["tokens/computed"] = float(sum(columns["computed"]))
     metrics["memory/peak_gb"] = max(columns["peak_gb"])
     return metrics
+
+
+def _quantile(counts: torch.Tensor, share: float) -> float:
+    """Of what ``GAP_BINS`` counted: the middle of the bin, as a factor, that has ``share`` in it or
+    below. [241 + 1] Gaps below 1e-8 are 0."""
+    wanted = share * float(counts.sum())
+    place = int((counts.cumsum(0) >= wanted).nonzero()[0])
+    if place == 0:
+        return 0.0
+    if place == len(GAP_BINS):
+        return GAP_BINS[-1].item()
+    return (GAP_BINS[place - 1] * GAP_BINS[place]).sqrt().item()
 
 
 def row_not_finite(scored: Sequence[Scored], ranks: Ranks) -> str | None:
@@ -93,6 +167,32 @@ def row_not_finite(scored: Sequence[Scored], ranks: Ranks) -> str | None:
             "checkpoint and lower models.policy_trainer.optimizer.lr."
         )
     return None
+
+
+def one_or_each(temperatures: torch.Tensor) -> float | torch.Tensor:
+    """The number that all scored tokens share, else ``temperatures`` itself. [N], on the CPU
+
+    Most runs have one temperature: then no tensor goes to the device, and at 1.0 no logit is
+    divided.
+    """
+    if not len(temperatures):
+        return 1.0
+    first = temperatures[0]
+    return first.item() if bool((temperatures == first).all()) else temperatures
+
+
+def in_groups(samples: Sequence[Sample], limit: int) -> Iterator[list[Sample]]:
+    """Neighbours of together at most ``limit`` tokens, in order."""
+    group: list[Sample] = []
+    tokens = 0
+    for sample in samples:
+        if group and tokens + len(sample.token_ids) > limit:
+            yield group
+            group, tokens = [], 0
+        group.append(sample)
+        tokens += len(sample.token_ids)
+    if group:
+        yield group
 
 
 def largest(values: torch.Tensor) -> torch.Tensor:

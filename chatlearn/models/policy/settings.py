@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from chatlearn.algorithm.losses import Bounds
+from chatlearn.algorithm.objective import Objective
 from chatlearn.errors import TrainerError
 from chatlearn.models.policy.attention_kernels import ATTENTIONS
 from chatlearn.models.policy.optimizer import Schedule, dtype_of
@@ -29,8 +31,17 @@ class TrainerSettings:
     """Weight of KL(policy ‖ reference); 0 never runs the reference."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; 0 does not compute it."""
+    loss: str = "clip"
+    """A name in ``algorithm.losses.LOSSES``."""
     pos_clip_ratio: float = 0.2
     neg_clip_ratio: float = 0.2
+    dual_clip_ratio: float | None = None
+    correction: str = "none"
+    """A name in ``algorithm.corrections.CORRECTIONS``, or none."""
+    correction_low: float | None = None
+    """None = as the correction has it."""
+    correction_high: float | None = None
+    kl_estimator: str = "k3"
     gradient_checkpointing: bool = False
     """Keep only the layers' inputs and compute the rest again: less memory, about 1/3 slower."""
     precision: str = "fp32"
@@ -40,11 +51,26 @@ class TrainerSettings:
 
     def __post_init__(self) -> None:
         dtype_of(self.precision)
+        _ = self.objective
         if self.attention not in ATTENTIONS:
             raise TrainerError(
                 f"attention is {self.attention!r}; it must be one of {list(ATTENTIONS)}. "
                 "Set models.policy_trainer.attention."
             )
+
+    @property
+    def objective(self) -> Objective:
+        """What an update minimises. Raises TrainerError."""
+        return Objective(
+            loss=self.loss,
+            bounds=Bounds(self.neg_clip_ratio, self.pos_clip_ratio, self.dual_clip_ratio),
+            correction=self.correction,
+            correction_low=self.correction_low,
+            correction_high=self.correction_high,
+            kl_coef=self.kl_coef,
+            kl_estimator=self.kl_estimator,
+            entropy_coef=self.entropy_coef,
+        )
 
     @property
     def schedule(self) -> Schedule:

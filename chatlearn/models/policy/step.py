@@ -1,7 +1,7 @@
 """One optimizer update, as every trainer makes it: micro-batches in, metrics out.
 
 Read ``BaseTrainer.step`` first. Left out of the textbook: a second policy forward for "old"
-logprobs (the engine's own are the old ones) and a critic (advantages are group-relative).
+logprobs (the engine's own are the old ones) and a critic (rewards are compared with each other).
 
 A trainer of one process and one rank of many run the same lines. What differs is given to them: the
 forward (whose parameters may be gathered first), and ``Ranks`` (who may be nobody else).
@@ -21,13 +21,21 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from chatlearn.algorithm.losses import clipped_surrogate, kl_k3
 from chatlearn.algorithm.packing import collate
+from chatlearn.algorithm.rollout_sums import added, owners, spread, sums_of
 from chatlearn.errors import TrainerError
 from chatlearn.models.policy.attention import Plan, Planner, attending_packed
 from chatlearn.models.policy.optimizer import PolicyOptimizer
 from chatlearn.models.policy.ranks import Ranks
-from chatlearn.models.policy.scored import Placed, Scored, largest, row_not_finite, step_metrics
+from chatlearn.models.policy.scored import (
+    Placed,
+    Scored,
+    in_groups,
+    one_or_each,
+    row_not_finite,
+    step_metrics,
+    summed,
+)
 from chatlearn.models.policy.settings import TrainerSettings
 from chatlearn.models.policy.token_logprobs import TokenLogprobs
 from chatlearn.types import MicroBatch, Sample
@@ -87,6 +95,7 @@ class BaseTrainer:
         self.device = device
         self.updates = 0
         self._schedule = settings.schedule
+        self._objective = settings.objective
         self._ranks = ranks
         self._recomputed = _recomputed_layers(self.model) if settings.gradient_checkpointing else []
         self._policy = policy
@@ -115,6 +124,9 @@ class BaseTrainer:
             trained tokens: on the first step after a publish it is the mismatch of engine and
             trainer. ``policy/entropy_estimate`` is the mean of -log p of the sampled tokens, which
             costs nothing; ``policy/entropy`` is exact, where ``entropy_coef`` is not 0.
+            ``policy/kl_rollout`` estimates KL(rollout ‖ policy) by k3;
+            ``policy/effective_sample_size`` is ``(sum of ratios)^2 / (N * sum of squares)``, 1 when
+            all are equal.
 
         Raises:
             TrainerError: nothing to train, or a loss or gradient that is not finite; then no
@@ -127,7 +139,10 @@ class BaseTrainer:
             placed = [self._place(batch) for batch in micro_batches if self._must_run(batch)]
             with self._training():
                 references = self._reference_logprobs(placed)
-                scored = [self._backward(*pair) for pair in zip(placed, references, strict=True)]
+                sums = self._rollout_sums(placed)
+                scored = [
+                    self._backward(*parts) for parts in zip(placed, references, sums, strict=True)
+                ]
             norm = self._ranks.norm(self._optimizer.gradient_norm())
             metrics = self._metrics(scored, norm, trained)
             if not isfinite(metrics["policy/loss"] + metrics["policy/grad_norm"]):
@@ -150,7 +165,7 @@ class BaseTrainer:
         Each token at its own ``Sample.temperatures``. Each rank gives samples of its own, as many
         as it likes.
         """
-        groups = list(_in_groups(samples, _SCORED_AT_ONCE))
+        groups = list(in_groups(samples, _SCORED_AT_ONCE))
         turns = max(int(most) for [most] in self._ranks.gather([len(groups)]))
         rows: list[list[float]] = []
         with torch.no_grad(), attending_packed(self._policy.body.config):
@@ -213,10 +228,15 @@ class BaseTrainer:
         to = self.device
         plan = self._policy.planner(batch.cu_seqlens.tolist(), to)
         inputs = (batch.token_ids.to(to), batch.position_ids.to(to), plan, chosen.to(to))
-        temperature = _one_or_each(batch.temperatures[chosen])
+        temperature = one_or_each(batch.temperatures[chosen])
         if isinstance(temperature, torch.Tensor):
             temperature = temperature.to(to)
-        return Placed(batch, chosen, inputs, temperature)
+        placed = Placed(batch, chosen, inputs, temperature)
+        if self._objective.of_rollouts:
+            placed.trajectories, owner = owners(batch, chosen)
+            placed.owner = owner.to(to)
+            placed.trained = frozenset(placed.trajectories[i] for i in owner.unique().tolist())
+        return placed
 
     def _reference_logprobs(self, placed: Sequence[Placed]) -> list[torch.Tensor | None]:
         """Of every batch before the first backward, so that the reference is needed once a step."""
@@ -225,48 +245,73 @@ class BaseTrainer:
         with torch.no_grad(), self._reference_at_hand():
             return [self._reference(*p.inputs, temperature=p.temperature).logprobs for p in placed]
 
-    def _backward(self, placed: Placed, reference: torch.Tensor | None) -> Scored:
+    def _rollout_sums(self, placed: Sequence[Placed]) -> list[torch.Tensor | None]:
+        """What the loss needs of whole rollouts, for each batch whose own forward cannot tell.
+
+        Most rollouts lie whole in one micro-batch, which then needs nothing of the others. Where
+        one does not, a forward without gradient comes first. [N, 3], see ``Objective``
+        """
+        nothing: list[torch.Tensor | None] = [None] * len(placed)
+        if not self._objective.of_rollouts:
+            return nothing
+        split = spread([p.trained for p in placed], self._ranks.gather)
+        if self._ranks.first("split" if split else None) is None:
+            return nothing
+        # other ranks wait for this one's layers
+        asked = [self._ranks.size > 1 or bool(split & p.trained) for p in placed]
+        with torch.no_grad():
+            own = [
+                self._own_sums(p, self._policy(*p.inputs, temperature=p.temperature).logprobs)
+                for p, is_asked in zip(placed, asked, strict=True)
+                if is_asked
+            ]
+        names = [p.trajectories for p, is_asked in zip(placed, asked, strict=True) if is_asked]
+        totals = added(zip(names, own, strict=True), self._ranks.gather)
+        return [
+            torch.tensor([totals[name] for name in p.trajectories]).to(p.owner.device)[p.owner]
+            if is_asked and p.owner is not None
+            else None
+            for p, is_asked in zip(placed, asked, strict=True)
+        ]
+
+    def _own_sums(self, placed: Placed, policy: torch.Tensor) -> torch.Tensor:
+        """Over the tokens that each trajectory has in this batch. [S, 3] fp64"""
+        rollout, advantages, _ = self._numbers(placed)
+        columns = self._objective.columns(policy, rollout, advantages)
+        return sums_of(columns, placed.owner, len(placed.trajectories))
+
+    def _numbers(self, placed: Placed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rollout logprobs, advantages and weights of the chosen tokens. [N] each"""
+        batch = placed.batch
+        columns = (batch.rollout_logprobs, batch.advantages, batch.weights)
+        rollout, advantages, weights = (c[placed.chosen].to(self.device) for c in columns)
+        return rollout, advantages, weights
+
+    def _backward(
+        self, placed: Placed, reference: torch.Tensor | None, sums: torch.Tensor | None
+    ) -> Scored:
         """Forward and backward of one micro-batch; nothing here waits for the device.
 
         Args:
             reference: its logprobs at the chosen positions [N], where there is one.
+            sums: over the whole rollout of each chosen token [N, 3]; None = this batch has all of
+                it.
         """
-        settings, batch = self.settings, placed.batch
-        rollout, advantages, weights = (
-            values[placed.chosen].to(self.device)
-            for values in (batch.rollout_logprobs, batch.advantages, batch.weights)
-        )
+        rollout, advantages, weights = self._numbers(placed)
         policy, entropy = self._policy(
-            *placed.inputs, temperature=placed.temperature, entropy=settings.entropy_coef != 0
+            *placed.inputs,
+            temperature=placed.temperature,
+            entropy=self.settings.entropy_coef != 0,
         )
-        loss, clip = clipped_surrogate(
-            policy,
-            rollout,
-            advantages,
-            neg_clip_ratio=settings.neg_clip_ratio,
-            pos_clip_ratio=settings.pos_clip_ratio,
+        if sums is None and self._objective.of_rollouts:
+            sums = self._own_sums(placed, policy.detach())[placed.owner]
+        terms = self._objective(
+            policy, rollout, advantages, sums=sums, reference=reference, entropy=entropy
         )
-        kl = torch.zeros_like(rollout)
-        if reference is not None:
-            kl = kl_k3(policy, reference)
-            loss = loss + settings.kl_coef * kl
-        if entropy is not None:
-            loss = loss - settings.entropy_coef * entropy
-        total = (weights * loss).sum() / batch.denominator
+        total = (weights * terms.loss).sum() / placed.batch.denominator
         total.backward()
         self._optimizer.accumulate()
-        with torch.no_grad():
-            gap = (policy - rollout).abs()
-            low, high = clip.clipped_low.sum(), clip.clipped_high.sum()
-            bonus = rollout if entropy is None else entropy
-            sums = [total, low, high, gap.sum(), -policy.sum(), kl.sum(), bonus.sum()]
-            return Scored(
-                placed,
-                policy.detach(),
-                loss.detach(),
-                torch.stack([value.detach().float() for value in sums]),
-                torch.stack([largest(clip.ratio), largest(gap)]),
-            )
+        return summed(placed, policy.detach(), rollout, entropy, terms, total.detach())
 
     def _metrics(
         self, scored: Sequence[Scored], norm: torch.Tensor, trained: int
@@ -277,6 +322,8 @@ class BaseTrainer:
             del metrics["policy/kl_ref"]
         if self.settings.entropy_coef == 0:
             del metrics["policy/entropy"]
+        if self.settings.correction == "none":
+            del metrics["policy/correction_mean"], metrics["policy/correction_zero_fraction"]
         return metrics
 
     def _diagnosis(self, scored: Sequence[Scored]) -> str:
@@ -308,29 +355,3 @@ def _recomputed_layers(model: PreTrainedModel) -> list[GradientCheckpointingLaye
     for layer in layers:
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
     return layers
-
-
-def _one_or_each(temperatures: torch.Tensor) -> float | torch.Tensor:
-    """The number that all scored tokens share, else ``temperatures`` itself. [N], on the CPU
-
-    Most runs have one temperature: then no tensor goes to the device, and at 1.0 no logit is
-    divided.
-    """
-    if not len(temperatures):
-        return 1.0
-    first = temperatures[0]
-    return first.item() if bool((temperatures == first).all()) else temperatures
-
-
-def _in_groups(samples: Sequence[Sample], limit: int) -> Iterator[list[Sample]]:
-    """Neighbours of together at most ``limit`` tokens, in order."""
-    group: list[Sample] = []
-    tokens = 0
-    for sample in samples:
-        if group and tokens + len(sample.token_ids) > limit:
-            yield group
-            group, tokens = [], 0
-        group.append(sample)
-        tokens += len(sample.token_ids)
-    if group:
-        yield group

@@ -24,6 +24,7 @@ from transformers import (
 from chatlearn.algorithm.packing import collate, pack, total_weight
 from chatlearn.errors import CheckpointError, TrainerError
 from chatlearn.models.policy import token_logprobs
+from chatlearn.models.policy.fsdp import FSDPTrainer
 from chatlearn.models.policy.optimizer import Schedule
 from chatlearn.models.policy.trainer import PolicyTrainer, TrainerSettings
 from chatlearn.types import Sample
@@ -462,3 +463,73 @@ def test_schedules_by_hand():
     for kind, rates in expected.items():
         schedule = Schedule(**shape, kind=kind)
         assert [schedule.at(n) for n in range(8)] == pytest.approx(rates, abs=1e-6), kind
+
+
+def two_rows_each(count=3):
+    """Rows of rollouts whose other row is in another micro-batch, and on another rank."""
+    return [replace(row, trajectory=f"g/{i % count}") for i, row in enumerate(samples(2 * count))]
+
+
+OVER_ROLLOUTS = {
+    "gspo": replace(PLAIN, loss="gspo", lr=0.0),
+    "gmpo": replace(PLAIN, loss="gmpo", lr=0.0),
+    "mask": replace(PLAIN, correction="sequence-mask", correction_low=0.9, lr=0.0),
+}
+
+
+def job_over_rollouts(folder, config):
+    policy = FSDPTrainer(folder, None, config, device="cpu")
+    rank, size = policy._ranks.rank, policy._ranks.size
+    return step_gradient(policy, pack(two_rows_each(), 22, ranks=size)[rank::size])
+
+
+@pytest.mark.parametrize("case", OVER_ROLLOUTS)
+def test_ratios_of_rollouts_that_lie_on_several_ranks(rank_pools, tmp_path, case):
+    """FSDP2 in two processes against one forward of everything."""
+    tiny().save_pretrained(tmp_path)
+    config = OVER_ROLLOUTS[case]
+    expected, metrics = step_gradient(trainer(tiny(), config), pack(two_rows_each(), 200))
+    answers = rank_pools[2].run(job_over_rollouts, folder=str(tmp_path), config=config)
+    got = {name: torch.cat([gradient[name] for gradient, _ in answers]) for name in answers[0][0]}
+    assert_same(got, expected)
+    for _, theirs in answers:
+        for key in ("policy/loss", "policy/ratio_max", "policy/effective_sample_size"):
+            assert theirs[key] == pytest.approx(metrics[key], rel=1e-4), key
+
+
+def test_a_rollout_whole_in_one_micro_batch_needs_no_second_forward():
+    calls = []
+    policy = trainer(tiny(), loss="gspo")
+    forward = policy._policy.hidden
+    policy._policy.hidden = lambda *inputs: calls.append(1) or forward(*inputs)
+    step(policy, pack(two_rows_each(), 200))
+    assert len(calls) == 1
+    calls.clear()
+    batches = pack(two_rows_each(), 22)
+    step(policy, batches)
+    assert len(batches) < len(calls) <= 2 * len(batches)
+
+
+def test_health_metrics_by_hand():
+    """Two tokens whose ratios are 1 and 1/2: KL by k3 is the mean of 0 and 1/2 - 1 + log 2."""
+    policy = trainer(tiny(), lr=0.0)
+    row = Sample([3, 4, 5], [False, True, True], [0.0] * 3, [0.0, 1.0, 1.0])
+    [[_, first, second]] = asyncio.run(policy.logprobs([row]))
+    row.rollout_logprobs = [0.0, first, second + 0.693147]
+    got = step(policy, pack([row], 10))
+    assert got["policy/kl_rollout"] == pytest.approx((0.5 - 1 + 0.693147) / 2, abs=1e-5)
+    assert got["policy/ratio_mean"] == pytest.approx(0.75, abs=1e-5)
+    assert got["policy/effective_sample_size"] == pytest.approx(1.5**2 / (2 * 1.25), abs=1e-5)
+    assert got["policy/logprob_gap_p50"] < 1e-5
+    assert got["policy/logprob_gap_p99"] == pytest.approx(0.693147, rel=0.05)
+    assert "policy/correction_mean" not in got
+
+
+def test_a_correction_weighs_the_policy_loss_and_says_how_much():
+    policy = trainer(tiny(), lr=0.0, correction="token-mask", correction_high=1.5)
+    row = Sample([3, 4, 5], [False, True, True], [0.0] * 3, [0.0, 1.0, 1.0])
+    [[_, first, second]] = asyncio.run(policy.logprobs([row]))
+    row.rollout_logprobs = [0.0, first, second - 0.693147]
+    got = step(policy, pack([row], 10))
+    assert got["policy/loss"] == pytest.approx(-0.5, abs=1e-5)  # of two tokens, one is left
+    assert got["policy/correction_mean"] == got["policy/correction_zero_fraction"] == 0.5
