@@ -43,6 +43,7 @@ agents      16 worker processes, at most 1,536 agents at once
 data        dataset/MATH-lighteval/train_agent.json (NOT FOUND on this machine), shuffled
 episode     64 prompts × 32 rollouts = 2,048 rollouts
 steps       1 optimizer step an episode (of 2,048 rollouts), 200 in total; lr 2e-06 constant
+learning    advantages by grpo; loss clip, token-mean
 staleness   0: every rollout is sampled by the weights it trains
 tokens      at most: a call 2,048, a rollout 2,048, a context 4,096, a prompt 1,024
             so an episode samples at most 4,194,304; rows are packed to 32,768 a micro-batch
