@@ -308,7 +308,7 @@ def compare_gradients(job: Job) -> list[tuple[str, float, float, float, float]]:
 
 def chatlearn_gradient(job: Job, samples: Sequence[Sample]) -> tuple[float, float, Gradient]:
     """Loss, share of clipped tokens and gradient (before it is clipped) of one trainer step."""
-    from chatlearn.algorithm.packing import pack
+    from chatlearn.algorithm.aggregation import step_batches
     from chatlearn.models.policy.loading import load_policy
     from chatlearn.models.policy.trainer import PolicyTrainer, TrainerSettings
 
@@ -321,7 +321,8 @@ def chatlearn_gradient(job: Job, samples: Sequence[Sample]) -> tuple[float, floa
             lambda p, name=name: gradient.__setitem__(name, p.grad.clone())
         )
     # small micro-batches, so that their sum is compared with TRL's single batch
-    metrics = asyncio.run(trainer.step(pack(samples, 1024, keep_zero_advantages=False)))
+    batches = step_batches(samples, "token-mean", horizon=1, max_tokens=1024)
+    metrics = asyncio.run(trainer.step(batches))
     clipped = metrics["policy/clip_fraction_low"] + metrics["policy/clip_fraction_high"]
     return metrics["policy/loss"], clipped, gradient
 

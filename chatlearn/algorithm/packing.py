@@ -20,7 +20,6 @@ def pack(
     samples: Sequence[Sample],
     max_tokens: int,
     *,
-    keep_zero_advantages: bool = True,
     ranks: int = 1,
 ) -> list[MicroBatch]:
     """Pack the samples of one optimizer step into micro-batches of at most ``max_tokens``.
@@ -36,24 +35,21 @@ def pack(
     short micro-batches with nothing to train, so that no rank is missing from a collective.
 
     Args:
-        keep_zero_advantages: False leaves out rows whose advantages are all 0. They have no
-            gradient under a pure policy loss, and still count in the denominator.
         ranks: trainer processes that share the micro-batches.
 
     Raises:
         TrainerError: a sample is longer than ``max_tokens``, or see ``collate``; it is named.
     """
-    rows = [s for s in samples if keep_zero_advantages or any(s.advantages)]
-    longest = max(rows, key=_length, default=None)
+    longest = max(samples, key=_length, default=None)
     if longest is not None and _length(longest) > max_tokens:
         raise TrainerError(
             f"A sample of trajectory {longest.trajectory!r} has {_length(longest)} tokens, but "
             f"models.policy_trainer.max_token_in_packing is {max_tokens}. Raise it to at least "
             "models.policy.max_seq_len, or lower that one."
         )
-    bins = _first_fit(rows, max_tokens)
+    bins = _first_fit(samples, max_tokens)
     if ranks > 1:
-        bins = _balanced(rows, max_tokens, fewest=len(bins), ranks=ranks)
+        bins = _balanced(samples, max_tokens, fewest=len(bins), ranks=ranks)
     denominator = total_weight(samples)
     return [collate(packed, denominator) for packed in bins]
 

@@ -61,11 +61,6 @@ def lookup(data_source: str) -> RewardFunction | None:
     return _functions.get(data_source)
 
 
-def known_sources() -> list[str]:
-    """All data sources with a registered reward, for error messages."""
-    return sorted(_functions)
-
-
 def resolve_reward(task: Task, agent_reward_fn: str | None) -> RewardFunction | None:
     """The reward of a task: ``reward_fn`` of the row, else of the agent YAML, else the registry's.
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chatlearn.algorithm.aggregation import step_batches
 from chatlearn.algorithm.packing import collate, cost, pack
 from chatlearn.errors import TrainerError
 from chatlearn.types import Sample
@@ -65,12 +66,13 @@ def test_a_temperature_that_cannot_divide_is_named(temperature):
 def test_rows_without_advantage_can_be_left_out_but_count_in_the_denominator():
     rows = [sample(3, 2, first=10), sample(4, 3, first=20)]
     rows[1].advantages = [0.0] * 4
-    [batch] = pack(rows, max_tokens=10, keep_zero_advantages=False)
+    settings = {"aggregation": "token-mean", "horizon": 1, "max_tokens": 10}
+    [batch] = step_batches(rows, **settings)
     assert batch.token_ids.tolist() == [10, 11, 12]
     assert batch.denominator == 2 + 3
-    [whole] = pack(rows, max_tokens=10)
+    [whole] = step_batches(rows, **settings, all_rows=True)
     assert (len(whole.token_ids), whole.denominator) == (7, 5)
-    assert pack(rows[1:], max_tokens=10, keep_zero_advantages=False) == []
+    assert step_batches(rows[1:], **settings) == []
 
 
 def test_nothing_packs_to_nothing():

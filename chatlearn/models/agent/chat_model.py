@@ -29,7 +29,7 @@ from chatlearn.models.agent.chat.message_chunks import cut
 from chatlearn.models.agent.messages import to_openai
 from chatlearn.models.agent.parsers.segments import PlainParser
 from chatlearn.models.agent.prompt_builder import PromptBuilder
-from chatlearn.models.agent.run import Run, current_run
+from chatlearn.models.agent.run import Run, current_run, on_loop, running_loop
 from chatlearn.types import Turn
 
 _TRACED = ("temperature", "max_tokens")
@@ -291,7 +291,7 @@ class CustomChatModel(BaseChatModel):
         kwargs: dict[str, Any],
     ) -> AIMessage:
         run = current_run()
-        if _running_loop() is run.loop:
+        if running_loop() is run.loop:
             raise AgentError(
                 "self.llm.invoke() was called on the event loop, which it would block for ever; "
                 "use `await self.llm.ainvoke(...)` in async code (`await graph.ainvoke(...)` in "
@@ -309,9 +309,7 @@ class CustomChatModel(BaseChatModel):
     ) -> AIMessage:
         run = current_run()
         turn = self._turn(run, messages, stop, run_manager or starting_call(), kwargs)
-        if _running_loop() is run.loop:
-            return await turn
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(turn, run.loop))
+        return await on_loop(run.loop, turn)
 
     async def _turn(
         self,
@@ -347,10 +345,3 @@ def _loss_mask(turns: list[Turn], turn: Turn) -> list[int]:
         start = len(turn.prompt_ids)
         mask[start : start + len(turn.completion.token_ids)] = [1] * len(turn.completion.token_ids)
     return mask
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from chatlearn.errors import AgentError, EngineError
 from chatlearn.interfaces import Engine
@@ -12,6 +14,8 @@ from chatlearn.models.agent.attempts import Attempts, listen
 from chatlearn.models.agent.node_patterns import matches
 from chatlearn.models.agent.recorder import Recorder
 from chatlearn.types import Budget, SamplingParams, Session
+
+Result = TypeVar("Result")
 
 
 class BudgetExhausted(AgentError):
@@ -61,6 +65,21 @@ class Run:
 
 def _either(own, otherwise):
     return otherwise if own is None else own
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop that this thread is running; None in a thread without one."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+async def on_loop(loop: asyncio.AbstractEventLoop, body: Coroutine[Any, Any, Result]) -> Result:
+    """The result of ``body``, which runs in ``loop``; this code may be in another."""
+    if running_loop() is loop:
+        return await body
+    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(body, loop))
 
 
 _current_run: ContextVar[Run | None] = ContextVar("chatlearn_run", default=None)

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from chatlearn.errors import ConfigError, TrainerError
+from chatlearn.errors import TrainerError
 from chatlearn.models.policy.optimizer import dtype_of
 
 _KEY = "models.policy_trainer.load"
@@ -89,20 +89,6 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
         return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, ImportError) as error:
         raise TrainerError(f"{path} has no tokenizer that can be loaded: {error}") from error
-
-
-def require_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Refuse a tokenizer that cannot render a conversation.
-
-    Raises:
-        ConfigError: it has no chat template; ``path``, where it came from, is named.
-    """
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            f"The tokenizer of {path} has no chat template, so messages cannot become tokens. "
-            "Use the instruction-tuned model of the family, or put its chat_template.jinja into "
-            "the folder."
-        )
 
 
 def eos_token_ids(

@@ -17,12 +17,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from chatlearn.errors import ConfigError, TrainerError
+from chatlearn.errors import TrainerError
 from chatlearn.models.policy.loading import (
     eos_token_ids,
     load_policy,
     load_tokenizer,
-    require_chat_template,
 )
 
 LLAMA = LlamaConfig(
@@ -62,12 +61,6 @@ def test_a_folder(folder, precision, dtype):
     assert not model.training
     tokenizer = load_tokenizer(str(folder))
     assert tokenizer("hello world")["input_ids"] == [3, 4]
-    require_chat_template(tokenizer, folder)
-
-
-def test_a_missing_template_says_where_and_what_to_do(tmp_path):
-    with pytest.raises(ConfigError, match=r"tokenizer of .*no chat template.*instruction-tuned"):
-        require_chat_template(words(), tmp_path)
 
 
 def test_refusals_say_what_is_wrong(tmp_path, folder):

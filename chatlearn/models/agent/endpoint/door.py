@@ -26,7 +26,7 @@ from chatlearn.interfaces import asked_by_socket
 from chatlearn.models.agent.asking import Policy, Position, Wish, ask
 from chatlearn.models.agent.endpoint.request import Answers, Refusal
 from chatlearn.models.agent.recorder import Recorder
-from chatlearn.models.agent.run import Run, current_run
+from chatlearn.models.agent.run import Run, current_run, on_loop, running_loop
 from chatlearn.types import StopReason, Turn
 
 if TYPE_CHECKING:
@@ -121,16 +121,16 @@ class Endpoint:
     async def __aenter__(self) -> Door:
         """Raises ``AgentError`` outside an agent run."""
         run, opening = self._opening()
-        return await _on(run.loop, opening)
+        return await on_loop(run.loop, opening)
 
     async def __aexit__(self, *exc_info: object) -> None:
         if (closing := self._closing()) is not None:
-            await _on(closing[0].loop, closing[1])
+            await on_loop(closing[0].loop, closing[1])
 
     def __enter__(self) -> Door:
         """Raises ``AgentError`` outside an agent run, and on its event loop."""
         run, opening = self._opening()
-        if _running_loop() is run.loop:
+        if running_loop() is run.loop:
             opening.close()
             raise AgentError(
                 "`with self.endpoint()` was used on the event loop, which a client inside it would "
@@ -178,17 +178,3 @@ class Endpoint:
         run, server, key = self._opened
         self._opened = None
         return run, server.close_door(key)
-
-
-async def _on(loop: asyncio.AbstractEventLoop, body: Any) -> Any:
-    """The result of ``body``, which runs in ``loop``; this code may be in another."""
-    if _running_loop() is loop:
-        return await body
-    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(body, loop))
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
