@@ -71,6 +71,8 @@ class Trainer(Protocol):
 
     ranks: int
     """Processes that update it together; a step's micro-batches are a multiple of it."""
+    packs_trees: bool
+    """Whether a step's micro-batches should share what samples begin with."""
 
     async def step(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
         """One optimizer update over ``micro_batches``; returns metrics, flat ``area/quantity``."""

@@ -102,6 +102,7 @@ async def _learn(
                     horizon=cfg.models.policy.max_response_tokens_length,
                     max_tokens=settings.max_token_in_packing,
                     ranks=cluster.trainer.ranks,
+                    tree=cluster.trainer.packs_trees,
                     all_rows=settings.kl_coef > 0 or settings.entropy_coef != 0,
                     whole_rollouts=is_of_rollouts(settings.loss, settings.correction),
                 )

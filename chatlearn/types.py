@@ -344,18 +344,33 @@ class Sample:
 
 @dataclass(slots=True)
 class MicroBatch:
-    """Samples laid end to end without padding: the only tensors that cross a boundary."""
+    """Samples laid out without padding: the only tensors that cross a boundary.
+
+    The packed row is cut into segments. A segment begins a row of its own, or goes on after a token
+    of an earlier segment, so that samples share the tokens they begin with. Two samples ``a b c d``
+    and ``a b x y`` of which the last two tokens are trained, as a tree::
+
+        token_ids     a b c d | x y      position_ids  0 1 2 3 | 2 3
+        cu_seqlens    0 4 6              parents       -1 1        x comes after b
+        targets       2 3 4 5            predictors    1 2 1 4     b predicts c, and x
+    """
 
     token_ids: torch.Tensor  # [T] int64
-    position_ids: torch.Tensor  # [T] int64, 0 at the start of each sample
-    cu_seqlens: torch.Tensor  # [N + 1] int32, sample n is [cu_seqlens[n], cu_seqlens[n + 1])
-    loss_mask: torch.Tensor  # [T] bool
-    rollout_logprobs: torch.Tensor  # [T] float32
-    advantages: torch.Tensor  # [T] float32
-    temperatures: torch.Tensor  # [T] float32, > 0
-    weights: torch.Tensor  # [T] float32, Sample.weight of the token's sample
-    trajectories: list[str]  # [N] ``Sample.trajectory`` of each sample, to name it in errors
+    position_ids: torch.Tensor  # [T] int64, how many tokens come before it in its sample
+    cu_seqlens: torch.Tensor  # [N + 1] int32, segment n is [cu_seqlens[n], cu_seqlens[n + 1])
+    parents: torch.Tensor  # [N] int32, position that segment n goes on after; -1: nothing before it
+    targets: torch.Tensor  # [M] int64, position of each trained token, once a sample that trains it
+    predictors: torch.Tensor  # [M] int64, position of the token before it
+    rollout_logprobs: torch.Tensor  # [M] float32
+    advantages: torch.Tensor  # [M] float32
+    temperatures: torch.Tensor  # [M] float32, > 0
+    weights: torch.Tensor  # [M] float32, Sample.weight
+    owners: torch.Tensor  # [M] int64, whose it is, in ``trajectories``
+    trajectories: list[str]  # [S] ``Sample.trajectory``, without repetition
     denominator: float
     """What the sum of all token losses of the optimizer step is divided by, over every micro-batch
     and rank (``algorithm/aggregation.py``): the same number everywhere, so how rows are cut and
     spread changes nothing (law 3)."""
+    distinct_tokens: int = 0
+    """Of the whole optimizer step: tokens that no two samples share, that is, with different tokens
+    before them. What a step computes beyond them is computed twice."""

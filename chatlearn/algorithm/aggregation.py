@@ -76,6 +76,7 @@ def step_batches(
     horizon: int,
     max_tokens: int,
     ranks: int = 1,
+    tree: bool = False,
     all_rows: bool = False,
     whole_rollouts: bool = False,
 ) -> list[MicroBatch]:
@@ -84,6 +85,7 @@ def step_batches(
     Args:
         samples: all rows of each trajectory of the step, from ``weighted``.
         horizon: see ``denominator``.
+        tree: share what samples begin with; see ``pack``.
         all_rows: run rows whose advantages are all 0 too: a KL or entropy term pulls on them. The
             others stay in the denominator all the same.
         whole_rollouts: run all rows of a trajectory or none: a ratio over a rollout has its tokens
@@ -93,6 +95,6 @@ def step_batches(
     if not all_rows:
         pulling = {s.trajectory if whole_rollouts else id(s) for s in run if any(s.advantages)}
         run = [s for s in run if (s.trajectory if whole_rollouts else id(s)) in pulling]
-    batches = pack(run, max_tokens, ranks=ranks)
+    batches = pack(run, max_tokens, ranks=ranks, tree=tree)
     total = denominator(samples, aggregation, horizon=horizon)
     return [replace(batch, denominator=total) for batch in batches]

@@ -8,25 +8,8 @@ from hashlib import blake2b
 
 import torch
 
-from chatlearn.types import MicroBatch
-
 Gather = Callable[[Sequence[float]], list[list[float]]]
 """The numbers of every rank, equally many each. [K] -> [ranks][K]"""
-
-
-def owners(batch: MicroBatch, chosen: torch.Tensor) -> tuple[list[str], torch.Tensor]:
-    """The trajectories of a micro-batch, and which of them each chosen position belongs to.
-
-    Args:
-        chosen: [N] positions in the packed row, on the CPU.
-
-    Returns:
-        [S] names in the order they appear, and [N] numbers below S, on the CPU.
-    """
-    names = {name: i for i, name in enumerate(dict.fromkeys(batch.trajectories))}
-    of_row = torch.tensor([names[name] for name in batch.trajectories], dtype=torch.int64)
-    rows = torch.searchsorted(batch.cu_seqlens.long(), chosen, right=True) - 1
-    return list(names), of_row[rows]
 
 
 def sums_of(columns: torch.Tensor, owner: torch.Tensor, count: int) -> torch.Tensor:

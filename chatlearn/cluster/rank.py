@@ -50,7 +50,7 @@ class TrainerRank:
     def load(self, meeting_point: str, rank: int) -> dict[str, Any]:
         """Join the other ranks as number ``rank`` and load a shard of the policy.
 
-        Returns: its ``vocabulary`` and a ``description`` of it.
+        Returns: its ``vocabulary``, whether it ``packs_trees`` and a ``description`` of it.
         """
         cfg, settings = self._cfg, self._cfg.models.policy_trainer
         device = torch.device("cuda", 0) if settings.num_gpu else torch.device("cpu")
@@ -82,6 +82,7 @@ class TrainerRank:
                 self._trainer.model.get_input_embeddings().num_embeddings,
                 eos_token_ids(self._trainer.model, tokenizer),
             ),
+            "packs_trees": self._trainer.packs_trees,
             "description": (
                 f"{type(self._trainer.model).__name__}, {precision} on {settings.num_rank} × "
                 f"{device.type}"

@@ -228,7 +228,9 @@ class RayCluster:
         meeting = await result(ranks[0].call.remote("meeting_point", self._seats[0].ip), RANK)
         loads = [actor.call.remote("load", meeting, rank) for rank, actor in enumerate(ranks)]
         self.trainer = RemoteTrainer(ranks, self._room if self._cfg.is_colocated else nullcontext)
-        return (await results(loads, RANK))[0]
+        described = (await results(loads, RANK))[0]
+        self.trainer.packs_trees = described["packs_trees"]
+        return described
 
     async def _start_engines(self) -> list[str]:
         cfg, policy = self._cfg, self._cfg.models.policy

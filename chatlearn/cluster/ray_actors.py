@@ -138,6 +138,7 @@ class RemoteTrainer:
         room: Callable[[], AbstractAsyncContextManager[Any]] = nullcontext,
     ) -> None:
         self.ranks = len(ranks)
+        self.packs_trees = False  # until they have loaded the policy and say so
         self._actors, self._room = ranks, room
 
     async def each(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:

@@ -38,6 +38,7 @@ def trainer_settings(cfg: GrpoConfig, precision: str) -> TrainerSettings:
         gradient_checkpointing=trainer.gradient_checkpointing,
         precision=precision,
         attention=trainer.attention,
+        tree_packing=trainer.tree_packing,
     )
 
 

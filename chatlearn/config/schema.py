@@ -404,6 +404,10 @@ class PolicyTrainerConfig(Section):
     """Always true, and here because launch commands set it."""
     free_gpu_memory: FreeGpuMemory = FreeGpuMemory()
     """What moves to the CPU's memory while the engines sample on the same GPUs."""
+    tree_packing: bool = True
+    """Compute the tokens that rows begin with together once: the prompt of a group, the history of
+    a run that branches. The gradient is the same. A step where it would save less than a twentieth,
+    or a model that computes otherwise on trees (that is said), packs row by row."""
     attention: Literal["auto", "flash", "flex", "sdpa"] = "auto"
     """Kernel of the training pass. ``auto`` = FlashAttention or FlexAttention on a GPU where they
     are installed, else PyTorch's scaled dot product attention."""

@@ -208,8 +208,9 @@ def test_rows_without_advantage_stay_in_the_denominator():
     [whole] = step_batches(samples, "token-mean", whole_rollouts=True, **keep)
     [every] = step_batches(samples, "token-mean", all_rows=True, **keep)
     assert (some.denominator, whole.denominator, every.denominator) == (3.0, 3.0, 3.0)
-    assert (some.trajectories, whole.trajectories) == (["a"], ["a", "a"])
-    assert every.trajectories == ["a", "a", "b"]
+    assert (some.advantages.tolist(), some.trajectories) == ([1.0], ["a"])
+    assert (whole.advantages.tolist(), whole.trajectories) == ([1.0, 0.0], ["a"])
+    assert (every.advantages.tolist(), every.trajectories) == ([1.0, 0.0, 0.0], ["a", "b"])
 
 
 def test_a_ratio_is_not_counted_twice():

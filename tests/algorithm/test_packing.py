@@ -31,14 +31,19 @@ def test_two_samples_in_one_row():
     assert batch.token_ids.tolist() == [10, 11, 12, 20, 21]
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 1]
     assert batch.cu_seqlens.tolist() == [0, 3, 5]
-    assert batch.loss_mask.tolist() == [False, True, True, False, True]
-    assert batch.rollout_logprobs.tolist() == [0, -11, -12, 0, -21]
-    assert batch.advantages.tolist() == [0, 11, 12, 0, 21]
-    assert batch.temperatures.tolist() == [1, 1, 1, 1, 0.5]
-    assert batch.weights.tolist() == [1, 1, 1, 2, 2]
+    assert batch.parents.tolist() == [-1, -1]
+    assert batch.targets.tolist() == [1, 2, 4]
+    assert batch.predictors.tolist() == [0, 1, 3]
+    assert batch.rollout_logprobs.tolist() == [-11, -12, -21]
+    assert batch.advantages.tolist() == [11, 12, 21]
+    assert batch.temperatures.tolist() == [1, 1, 0.5]
+    assert batch.weights.tolist() == [1, 1, 2]
+    assert batch.owners.tolist() == [0, 0, 0]
+    assert batch.trajectories == ["g/0"]
     assert batch.denominator == 1 + 1 + 2
-    dtypes = (batch.token_ids, batch.position_ids, batch.cu_seqlens, batch.loss_mask)
-    assert [str(t.dtype)[6:] for t in dtypes] == ["int64", "int64", "int32", "bool"]
+    assert batch.distinct_tokens == 5
+    dtypes = (batch.token_ids, batch.position_ids, batch.cu_seqlens, batch.targets)
+    assert [str(t.dtype)[6:] for t in dtypes] == ["int64", "int64", "int32", "int64"]
 
 
 def test_first_fit_decreasing():
@@ -127,7 +132,7 @@ def test_turns_go_back_and_forth():
 def test_ranks_without_a_row_get_one_that_trains_nothing():
     batches = pack([sample(6, 2, first=10)], max_tokens=8, ranks=3)
     assert [batch.token_ids.tolist() for batch in batches[1:]] == [[10, 11], [10, 11]]
-    assert not any(batch.loss_mask.any() for batch in batches[1:])
+    assert not any(len(batch.targets) for batch in batches[1:])
     assert {batch.denominator for batch in batches} == {2.0}
     assert pack([], max_tokens=8, ranks=2) == []
 
@@ -140,7 +145,7 @@ def rows_of(batches):
         tuple(batch.token_ids[a:b].tolist())
         for batch in batches
         for a, b in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)
-        if batch.loss_mask[a:b].any()
+        if len(batch.targets)
     )
 
 
@@ -169,7 +174,7 @@ def test_ranks_differ_by_one_row_at_most(lengths, ranks):
     dearest = max(map(cost, samples))
 
     def work(batches):
-        rows = (n for b in batches for n in b.cu_seqlens.diff().tolist() if b.loss_mask.any())
+        rows = (n for b in batches for n in b.cu_seqlens.diff().tolist() if len(b.targets))
         return sum(cost(sample(n)) for n in rows)
 
     totals = [work(batches[r::ranks]) for r in range(ranks)]

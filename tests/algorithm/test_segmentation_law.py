@@ -1,5 +1,5 @@
 """Law 3 over every estimator, loss, correction and aggregation: however trajectories are cut into
-rows, and rows reordered, packed and spread over ranks, the gradient is the same.
+rows, and rows reordered, packed, laid out as trees and spread over ranks, the gradient is the same.
 
 The same turns are cut in two ways: as they follow each other (one row a run, or a fork), and with
 random turns made roots, each then a row of its own with the same tokens before it as context. The
@@ -169,7 +169,7 @@ def cut(dice, made: list[Group]) -> list[Group]:
     return [Group(g.task, [in_pieces(t) for t in g.trajectories]) for g in made]
 
 
-def batches(config, scoring, made, *, max_tokens, ranks, dice=None):
+def batches(config, scoring, made, *, max_tokens, ranks, tree=False, dice=None):
     _, rows = scoring(made)
     samples = [sample for row in rows for sample in row]
     if dice is not None:
@@ -180,6 +180,7 @@ def batches(config, scoring, made, *, max_tokens, ranks, dice=None):
         horizon=HORIZON,
         max_tokens=max_tokens,
         ranks=ranks,
+        tree=tree,
         all_rows=config.kl_coef > 0,
         whole_rollouts=is_of_rollouts(config.loss, config.correction),
     )
@@ -222,6 +223,7 @@ def test_however_rollouts_are_cut_the_gradient_is_the_same(loss, correction, agg
         cut(dice, made),
         max_tokens=data.draw(st.integers(26, 90), label="max_tokens"),
         ranks=ranks,
+        tree=data.draw(st.booleans(), label="as trees"),
         dice=dice,
     )
     assert bool(one) == bool(many)

@@ -1,16 +1,19 @@
-"""Causal attention over rows laid end to end, without a T x T mask and without a new kernel.
+"""Causal attention over packed rows, without a T x T mask and without a new kernel.
 
 A packed row [1, T] holds N segments. A mask over it costs T² memory; a call per segment costs N
 launches per layer. Here segments of similar length form a bucket, which is gathered to
 [n, heads, L, dim] with right padding, attended with ``is_causal`` (a real token never looks right,
-so the padding needs no mask) and scattered back. What is gathered where depends on the lengths
+so the padding needs no mask) and scattered back. A segment that goes on from the middle of another
+(``MicroBatch.parents``) is gathered with the keys and values of all tokens before it, which were
+computed once, and a mask by depth. What is gathered where depends on the lengths
 only, so it is worked out once per micro-batch and used by every layer: it is a ``Plan``. Kernels
-that take segments as they are have plans of their own (``kernels.py``).
+that take segments as they are have plans of their own (``attention_kernels.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -28,6 +31,8 @@ from chatlearn.errors import TrainerError
 PACKED = "chatlearn_packed"
 _FILL = 0.75
 """The shortest segment of a bucket fills at least this much of its longest."""
+_HIDDEN = 2**40
+"""Depth of a key that no query sees."""
 
 
 class Plan(Protocol):
@@ -42,7 +47,7 @@ class Plan(Protocol):
         scaling: float | None,
         window: int | None,
     ) -> torch.Tensor:
-        """Causal attention inside each segment.
+        """Causal attention: a token sees itself and the tokens before it in its sample.
 
         Args:
             query: [1, heads, T, dim]
@@ -57,8 +62,53 @@ class Plan(Protocol):
         ...
 
 
-Planner = Callable[[Sequence[int], "torch.device | str"], Plan]
-"""Bounds ``cu_seqlens`` and a device into a plan; ``Segments.of`` is the one that always works."""
+class Planner(Protocol):
+    """Makes plans; ``Segments.of`` is the one that always works."""
+
+    def __call__(
+        self, cu_seqlens: Sequence[int], device: torch.device | str, parents: Sequence[int] = ()
+    ) -> Plan:
+        """The plan of a packed row.
+
+        Args:
+            cu_seqlens: [N + 1] segment n is ``[cu_seqlens[n], cu_seqlens[n + 1])``.
+            parents: [N] the position each goes on after, -1 where it begins a row; () = all do.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One segment and what it sees."""
+
+    start: int
+    length: int
+    path: torch.Tensor
+    """Positions of the tokens before its first. [P] int64"""
+
+    @property
+    def depth(self) -> int:
+        return len(self.path)
+
+    @property
+    def seen(self) -> int:
+        """Tokens that its last one sees."""
+        return self.depth + self.length
+
+
+def spans(cu_seqlens: Sequence[int], parents: Sequence[int] = ()) -> list[Span]:
+    """The segments that are not empty, each with the path from the root of its tree."""
+    found: list[Span] = []
+    nothing = torch.empty(0, dtype=torch.int64)
+    for number, (start, end) in enumerate(pairwise(cu_seqlens)):
+        parent = parents[number] if parents else -1
+        path = nothing
+        if parent >= 0:
+            above = found[bisect_right(found, parent, key=lambda span: span.start) - 1]
+            path = torch.cat([above.path, torch.arange(above.start, parent + 1)])
+        if end > start:
+            found.append(Span(start, end - start, path))
+    return found
 
 
 @dataclass(slots=True)
@@ -70,17 +120,28 @@ class Bucket:
     """Of the longest segment, which the others are padded to."""
     rows: torch.Tensor | slice
     """Packed positions to gather [count * length]; a slice where they are adjacent already."""
+    seen: Seen | None = None
+    """The keys, where they are not the segments' own tokens only."""
     bands: dict[int, torch.Tensor] = field(default_factory=dict)
     """Masks [length, length] of sliding windows shorter than ``length``, by window."""
 
-    def gather(self, states: torch.Tensor) -> torch.Tensor:
+    def queries(self, states: torch.Tensor) -> torch.Tensor:
         """[1, heads, T, dim] -> [count, heads, length, dim]"""
         rows = states[0].transpose(0, 1)
         rows = rows[self.rows] if isinstance(self.rows, slice) else rows.index_select(0, self.rows)
         return rows.unflatten(0, (self.count, self.length)).transpose(1, 2)
 
+    def keys(self, states: torch.Tensor) -> torch.Tensor:
+        """[1, heads, T, dim] -> [count, heads, tokens seen, dim]"""
+        if self.seen is None:
+            return self.queries(states)
+        rows = states[0].transpose(0, 1).index_select(0, self.seen.rows)
+        return rows.unflatten(0, (self.count, -1)).transpose(1, 2)
+
     def mask(self, window: int | None, device: torch.device) -> torch.Tensor | None:
         """None where plain causal attention is right; else which keys a query sees. True = sees."""
+        if self.seen is not None:
+            return self.seen.mask(window)
         if window is None or window >= self.length:
             return None
         if window not in self.bands:
@@ -88,6 +149,27 @@ class Bucket:
             behind = at[:, None] - at[None, :]
             self.bands[window] = (behind >= 0) & (behind < window)
         return self.bands[window]
+
+
+@dataclass(slots=True)
+class Seen:
+    """What the segments of a bucket see: the tokens before them, then their own."""
+
+    rows: torch.Tensor
+    """Packed positions to gather. [count * K]"""
+    depths: torch.Tensor
+    """Of the keys in their samples; of padding, more than any query has. [count, 1, 1, K]"""
+    query_depths: torch.Tensor  # [count, 1, length, 1]
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    """[count, 1, length, K] by window."""
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """Every key is of the query's own path, so depth alone says what is before it."""
+        if window not in self.masks:
+            behind = self.query_depths - self.depths
+            sees = behind >= 0
+            self.masks[window] = sees if window is None else sees & (behind < window)
+        return self.masks[window]
 
 
 @dataclass(slots=True)
@@ -99,31 +181,26 @@ class Segments:
     """Where each packed position is in the buckets' outputs laid end to end [T]; None: there."""
 
     @classmethod
-    def of(cls, cu_seqlens: Sequence[int], device: torch.device | str) -> Segments:
-        """The plan for segments ``[cu_seqlens[n], cu_seqlens[n + 1])``; empty ones are ignored."""
-        spans = [(a, b - a) for a, b in pairwise(cu_seqlens) if b > a]
-        groups: list[list[tuple[int, int]]] = []
-        for span in sorted(spans, key=lambda span: -span[1]):
-            if not groups or span[1] < _FILL * groups[-1][0][1]:
-                groups.append([])
-            groups[-1].append(span)
+    def of(
+        cls, cu_seqlens: Sequence[int], device: torch.device | str, parents: Sequence[int] = ()
+    ) -> Segments:
+        """See ``Planner``; empty segments are ignored."""
+        in_row = spans(cu_seqlens, parents)
+        groups = _alike(in_row)
         order = [span for group in groups for span in group]
-        in_place = order == spans and all(group[0][1] == group[-1][1] for group in groups)
-        buckets, inverse, offset = [], [0] * cu_seqlens[-1], 0
+        in_place = all(group[0].length == group[-1].length for group in groups) and all(
+            a.start < b.start for a, b in pairwise(order)
+        )
+        buckets, inverse, offset = [], torch.empty(cu_seqlens[-1], dtype=torch.int64), 0
         for group in groups:
-            longest = group[0][1]
-            rows: list[int] = []
-            for start, length in group:
-                rows += range(start, start + length)
-                rows += [start] * (longest - length)
-                inverse[start : start + length] = range(offset, offset + length)
+            longest = group[0].length
+            for span in group:
+                inverse[span.start : span.start + span.length] = torch.arange(
+                    offset, offset + span.length
+                )
                 offset += longest
-            adjacent = rows == list(range(rows[0], rows[0] + len(rows)))
-            where = (
-                slice(rows[0], rows[0] + len(rows)) if adjacent else torch.tensor(rows).to(device)
-            )
-            buckets.append(Bucket(len(group), longest, where))
-        return cls(buckets, None if in_place else torch.tensor(inverse).to(device))
+            buckets.append(_bucket(group, device))
+        return cls(buckets, None if in_place else inverse.to(device))
 
     def attend(
         self,
@@ -137,7 +214,7 @@ class Segments:
         """One call of PyTorch's attention a bucket; see ``Plan``."""
         outputs = []
         for bucket in self.buckets:
-            q, k, v = bucket.gather(query), bucket.gather(key), bucket.gather(value)
+            q, k, v = bucket.queries(query), bucket.keys(key), bucket.keys(value)
             mask = bucket.mask(window, query.device)
             out = scaled_dot_product_attention(
                 q,
@@ -153,6 +230,56 @@ class Segments:
         if self.inverse is not None:
             rows = rows.index_select(0, self.inverse)
         return rows.unsqueeze(0)
+
+
+def _alike(in_row: Sequence[Span]) -> list[list[Span]]:
+    """Groups that padding suits, the longest first in each; roots apart from branches."""
+    groups: list[list[Span]] = []
+    for span in sorted(in_row, key=lambda span: (span.depth > 0, -span.length, -span.seen)):
+        group = groups[-1] if groups else [span]
+        seen = [other.seen for other in (*group, span)]
+        if (
+            not groups
+            or (span.depth > 0) != (group[0].depth > 0)
+            or span.length < _FILL * group[0].length
+            or min(seen) < _FILL * max(seen)
+        ):
+            groups.append([])
+        groups[-1].append(span)
+    return groups
+
+
+def _bucket(group: Sequence[Span], device: torch.device | str) -> Bucket:
+    longest = group[0].length
+    queries = torch.stack([_padded(_own(span), longest) for span in group])
+    rows = queries.flatten()
+    adjacent = bool((rows.diff() == 1).all())
+    where = slice(int(rows[0]), int(rows[0]) + len(rows)) if adjacent else rows.to(device)
+    if group[0].depth == 0:
+        return Bucket(len(group), longest, where)
+    most = max(span.seen for span in group)
+    keys = torch.stack([_padded(torch.cat([span.path, _own(span)]), most) for span in group])
+    at = torch.arange(most)
+    counts = torch.tensor([[span.seen] for span in group])
+    depths = torch.where(at < counts, at, _HIDDEN)
+    own = torch.arange(longest) + torch.tensor([[span.depth] for span in group])
+    lengths = torch.tensor([[span.length] for span in group])
+    own = torch.where(torch.arange(longest) < lengths, own, own[:, :1])
+    seen = Seen(
+        keys.flatten().to(device),
+        depths[:, None, None, :].to(device),
+        own[:, None, :, None].to(device),
+    )
+    return Bucket(len(group), longest, where, seen)
+
+
+def _own(span: Span) -> torch.Tensor:
+    return torch.arange(span.start, span.start + span.length)
+
+
+def _padded(positions: torch.Tensor, length: int) -> torch.Tensor:
+    """With its first position again to ``length``."""
+    return torch.cat([positions, positions[:1].expand(length - len(positions))])
 
 
 def packed_attention(

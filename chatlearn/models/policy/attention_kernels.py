@@ -3,7 +3,8 @@
 Order of ``auto``: the ``flash_attn`` package, FlashAttention through the ``kernels`` package (which
 fetches a build from the Hugging Face hub, or has it cached), PyTorch's FlexAttention, and last the
 buckets of ``attention.Segments``. A kernel is used only after it agreed with the buckets, forward
-and backward, on a short row of the model's own shape.
+and backward, on a short row and a short tree of the model's own shape. FlashAttention knows no
+trees: beside it they are FlexAttention's, or the buckets'.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from transformers import PretrainedConfig
 
 from chatlearn.errors import TrainerError
-from chatlearn.models.policy.attention import Plan, Planner, Segments
+from chatlearn.models.policy.attention import Plan, Planner, Segments, spans
 
 ATTENTIONS = ("auto", "flash", "flex", "sdpa")
 _HUB_FLASH = "kernels-community/flash-attn2"
@@ -30,6 +31,8 @@ _BLOCK = 128
 """Tokens of FlexAttention's blocks."""
 _PROBE = (37, 5, 150)
 """Lengths of the segments a kernel is tried on: below and above one block."""
+_PROBE_PARENTS = (-1, 36, 20)
+"""Where they branch off in the tree that it is tried on."""
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 _log = logging.getLogger(__name__)
@@ -45,8 +48,16 @@ class FlashPlan:
 
     @classmethod
     def of(
-        cls, kernel: Callable[..., Any], cu_seqlens: Sequence[int], device: torch.device | str
-    ) -> FlashPlan:
+        cls,
+        kernel: Callable[..., Any],
+        trees: Planner,
+        cu_seqlens: Sequence[int],
+        device: torch.device | str,
+        parents: Sequence[int] = (),
+    ) -> Plan:
+        """See ``Planner``. A row of trees is given to ``trees``."""
+        if any(parent >= 0 for parent in parents):
+            return trees(cu_seqlens, device, parents)
         bounds = torch.tensor(list(cu_seqlens), dtype=torch.int32).to(device)
         return cls(kernel, bounds, max(b - a for a, b in pairwise(cu_seqlens)))
 
@@ -78,42 +89,55 @@ class FlashPlan:
 class FlexPlan:
     """Segments for ``torch.nn.attention.flex_attention``, as blocks that may hold a pair of tokens.
 
-    The blocks follow from the bounds, so the T x T mask from which ``create_block_mask`` would find
-    them is never made.
+    The tokens below any token lie together right after it (``layout.lay``), so one number a token
+    says who sees it. The blocks follow from those numbers: the T x T mask from which
+    ``create_block_mask`` would find them is never made.
     """
 
-    starts: torch.Tensor  # [T] where each token's segment begins
+    ends: torch.Tensor  # [T] token k is seen by the tokens [k, ends[k])
+    depths: torch.Tensor  # [T] tokens before it in its sample
     masks: dict[int | None, Any] = field(default_factory=dict)
     """The ``BlockMask`` of a sliding window, by window."""
 
     @classmethod
-    def of(cls, cu_seqlens: Sequence[int], device: torch.device | str) -> FlexPlan:
-        starts = [a for a, b in pairwise(cu_seqlens) for _ in range(b - a)]
-        return cls(torch.tensor(starts).to(device))
+    def of(
+        cls, cu_seqlens: Sequence[int], device: torch.device | str, parents: Sequence[int] = ()
+    ) -> FlexPlan:
+        """See ``Planner``."""
+        ends = torch.empty(cu_seqlens[-1], dtype=torch.int64)
+        depths = torch.empty(cu_seqlens[-1], dtype=torch.int64)
+        for span in spans(cu_seqlens, parents):
+            end = span.start + span.length
+            ends[span.path] = end  # the last that passes by is the last below
+            ends[span.start : end] = end
+            depths[span.start : end] = torch.arange(span.depth, span.seen)
+        return cls(ends.to(device), depths.to(device))
 
     def mask(self, window: int | None) -> Any:
-        """The block mask: block q sees the blocks from its first token's horizon to itself."""
+        """The block mask. A block of queries meets a block of keys that is not after it and that
+        one of them may see; it is whole where all of them see all of it."""
         if window in self.masks:
             return self.masks[window]
         from torch.nn.attention.flex_attention import BlockMask
 
-        starts, tokens = self.starts, len(self.starts)
+        ends, depths, tokens = self.ends, self.depths, len(self.ends)
 
         def sees(batch: Any, head: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-            near = (k >= starts[q]) & (k <= q)
-            return near if window is None else near & (q - k < window)
+            below = (k <= q) & (q < ends[k])
+            return below if window is None else below & (depths[q] - depths[k] < window)
 
-        first = torch.arange(0, tokens, _BLOCK, device=starts.device)
-        horizon = starts[first]
-        if window is not None:
-            horizon = torch.maximum(horizon, first - window + 1)
-        lowest = horizon // _BLOCK
-        rows = torch.arange(len(first), device=starts.device)
-        counts = rows - lowest + 1
-        indices = (lowest[:, None] + rows[None, :]).clamp(max=len(first) - 1)
+        block = torch.arange(-(-tokens // _BLOCK), device=ends.device)
+        first, earlier = block[:, None] * _BLOCK, block[None, :] < block[:, None]
+        meets = (_in_blocks(ends, 0).amax(1) > first) & earlier
+        whole = (_in_blocks(ends, 0).amin(1) >= first + _BLOCK) & earlier
+        if window is not None:  # a block too many is masked in the kernel
+            shallowest = _in_blocks(depths, tokens).amin(1)
+            meets &= _in_blocks(depths, -1).amax(1) > shallowest[:, None] - window
+            whole = torch.zeros_like(whole)
+        partly = (meets & ~whole) | (block[None, :] == block[:, None])
         self.masks[window] = BlockMask.from_kv_blocks(
-            counts.to(torch.int32)[None, None],
-            indices.to(torch.int32)[None, None],
+            *_listed(partly),
+            *_listed(whole),
             BLOCK_SIZE=_BLOCK,
             mask_mod=sees,
             seq_lengths=(tokens, tokens),
@@ -141,6 +165,19 @@ class FlexPlan:
         return out.transpose(1, 2)
 
 
+def _in_blocks(values: torch.Tensor, padding: int) -> torch.Tensor:
+    """[T] -> [n, block]"""
+    short = -len(values) % _BLOCK
+    return torch.nn.functional.pad(values, (0, short), value=padding).view(-1, _BLOCK)
+
+
+def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which key blocks each query block has: how many, and their numbers first. [n, n] bool"""
+    counts = blocks.sum(1, dtype=torch.int32)
+    order = torch.argsort(blocks.to(torch.int8), dim=1, descending=True, stable=True)
+    return counts[None, None], order.to(torch.int32)[None, None]
+
+
 @cache
 def _flex_attention(device_type: str) -> Callable[..., Any]:
     """Compiled on a GPU, where it is a kernel only then; eager on a CPU, where it is for tests."""
@@ -152,14 +189,19 @@ def _flex_attention(device_type: str) -> Callable[..., Any]:
 def _flash_package() -> Planner:
     from flash_attn import flash_attn_varlen_func
 
-    return partial(FlashPlan.of, flash_attn_varlen_func)
+    return partial(FlashPlan.of, flash_attn_varlen_func, _trees())
 
 
 def _flash_from_hub() -> Planner:
     from kernels import get_kernel
 
     kernel = get_kernel(_HUB_FLASH, version=_HUB_FLASH_VERSION)
-    return partial(FlashPlan.of, kernel.flash_attn_varlen_func)
+    return partial(FlashPlan.of, kernel.flash_attn_varlen_func, _trees())
+
+
+def _trees() -> Planner:
+    """Of the rows that FlashAttention cannot have."""
+    return Segments.of if find_spec("triton") is None else FlexPlan.of
 
 
 def _flex() -> Planner:
@@ -238,7 +280,7 @@ def _try(
     dtype: torch.dtype,
     shape: tuple[int, int, int],
 ) -> None:
-    """Compare outputs and gradients with those of the buckets on a row of ``_PROBE``.
+    """Compare outputs and gradients with those of the buckets on a row and on a tree.
 
     Raises:
         ValueError: they differ, or the kernel is not for this dtype.
@@ -253,13 +295,15 @@ def _try(
         for h in (heads, kv_heads, kv_heads)
     ]
     upstream = torch.randn(1, bounds[-1], heads, dim, generator=seeded).to(device, dtype)
-    found = []
-    for plan in (planner(bounds, device), Segments.of(bounds, device)):
-        found.append(_with_gradients(plan, states, upstream))
-    for ours, theirs in zip(*found, strict=True):
-        gap = ((ours - theirs).float().abs().mean() / theirs.float().std()).item()
-        if not gap <= _TOLERANCE[dtype]:
-            raise ValueError(f"it differs from PyTorch's attention by {gap:.1e} deviations")
+    for parents in ((), _PROBE_PARENTS):
+        found = [
+            _with_gradients(plan, states, upstream)
+            for plan in (planner(bounds, device, parents), Segments.of(bounds, device, parents))
+        ]
+        for ours, theirs in zip(*found, strict=True):
+            gap = ((ours - theirs).float().abs().mean() / theirs.float().std()).item()
+            if not gap <= _TOLERANCE[dtype]:
+                raise ValueError(f"it differs from PyTorch's attention by {gap:.1e} deviations")
 
 
 def _with_gradients(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from chatlearn.algorithm.objective import Terms
 from chatlearn.models.policy.attention import Plan
 from chatlearn.models.policy.ranks import Ranks
-from chatlearn.types import MicroBatch, Sample
+from chatlearn.types import MicroBatch
+
+Inputs = tuple[torch.Tensor, torch.Tensor, Plan, torch.Tensor, torch.Tensor]
 
 
 @dataclass(slots=True)
@@ -20,17 +21,13 @@ class Placed:
     """One micro-batch with what a forward needs of it, on the device."""
 
     batch: MicroBatch
-    chosen: torch.Tensor  # [N] packed positions that are scored, on the CPU
-    inputs: tuple[torch.Tensor, torch.Tensor, Plan, torch.Tensor]
+    inputs: Inputs
     """The positional arguments of ``Forward``."""
     temperature: float | torch.Tensor
-    """Of the scored tokens: one number where they share it, else [N] on the device."""
-    trajectories: list[str] = field(default_factory=list)
-    """[S] without repetition; filled where the loss of a token depends on its whole rollout."""
-    owner: torch.Tensor | None = None
-    """[N] which of ``trajectories`` each scored token belongs to, on the device."""
-    trained: frozenset[str] = frozenset()
-    """Those of ``trajectories`` that have a scored token here."""
+    """Of the trained tokens: one number where they share it, else [M] on the device."""
+    owners: torch.Tensor  # [M] ``MicroBatch.owners``, on the device
+    trained: frozenset[str]
+    """The trajectories that have a trained token here."""
 
 
 @dataclass(slots=True)
@@ -111,6 +108,7 @@ def step_metrics(
     gaps = torch.stack([s.gaps for s in scored]).sum(0)
     *own, grad_norm = torch.cat([sums, peaks, gaps, norm.reshape(1)]).tolist()
     computed = sum(len(s.placed.batch.token_ids) for s in scored)
+    distinct = scored[0].placed.batch.distinct_tokens
     rows = ranks.gather([*own, computed, peak_gb(norm.device)])
     bins = tuple(f"gap_{i}" for i in range(len(gaps)))
     names = (*SUMS, *PEAKS, *bins, "computed", "peak_gb")
@@ -127,6 +125,8 @@ def step_metrics(
     metrics["policy/grad_norm"] = grad_norm
     metrics["tokens/trained"] = float(trained)
     metrics["tokens/computed"] = float(sum(columns["computed"]))
+    if distinct:
+        metrics["tokens/computed_per_distinct"] = metrics["tokens/computed"] / distinct
     metrics["memory/peak_gb"] = max(columns["peak_gb"])
     return metrics
 
@@ -150,19 +150,17 @@ def row_not_finite(scored: Sequence[Scored], ranks: Ranks) -> str | None:
         bad = (~part.loss.isfinite()).nonzero().squeeze(1).tolist()
         if not bad:
             continue
-        batch, at = part.placed.batch, int(part.placed.chosen[bad[0]])
-        row, (start, end) = next(
-            (i, span) for i, span in enumerate(pairwise(batch.cu_seqlens.tolist())) if at < span[1]
-        )
+        batch, first = part.placed.batch, bad[0]
+        at = int(batch.targets[first])
         return (
             f"The loss of {len(bad)} tokens is not finite; no update was made. The first is of "
-            f"trajectory {batch.trajectories[row]!r} ({rank}micro-batch {number}, row {row}), "
-            f"token {at - start} of {end - start} "
+            f"trajectory {batch.trajectories[int(batch.owners[first])]!r} ({rank}micro-batch "
+            f"{number}), token {int(batch.position_ids[at])} of its row "
             f"(id {int(batch.token_ids[at])}): policy logprob "
-            f"{part.policy_logprobs[bad[0]]:.4g}, rollout logprob "
-            f"{batch.rollout_logprobs[at]:.4g}, advantage "
-            f"{batch.advantages[at]:.4g}, weight {batch.weights[at]:.4g}, temperature "
-            f"{batch.temperatures[at]:.4g}. "
+            f"{part.policy_logprobs[first]:.4g}, rollout logprob "
+            f"{batch.rollout_logprobs[first]:.4g}, advantage "
+            f"{batch.advantages[first]:.4g}, weight {batch.weights[first]:.4g}, temperature "
+            f"{batch.temperatures[first]:.4g}. "
             "A policy logprob that is not finite means the weights diverged: restore a "
             "checkpoint and lower models.policy_trainer.optimizer.lr."
         )
@@ -179,20 +177,6 @@ def one_or_each(temperatures: torch.Tensor) -> float | torch.Tensor:
         return 1.0
     first = temperatures[0]
     return first.item() if bool((temperatures == first).all()) else temperatures
-
-
-def in_groups(samples: Sequence[Sample], limit: int) -> Iterator[list[Sample]]:
-    """Neighbours of together at most ``limit`` tokens, in order."""
-    group: list[Sample] = []
-    tokens = 0
-    for sample in samples:
-        if group and tokens + len(sample.token_ids) > limit:
-            yield group
-            group, tokens = [], 0
-        group.append(sample)
-        tokens += len(sample.token_ids)
-    if group:
-        yield group
 
 
 def largest(values: torch.Tensor) -> torch.Tensor:

@@ -46,6 +46,8 @@ class TrainerSettings:
     """Keep only the layers' inputs and compute the rest again: less memory, about 1/3 slower."""
     precision: str = "fp32"
     """fp32, or bf16: parameters in bf16 with fp32 masters, gradients summed in fp32."""
+    tree_packing: bool = True
+    """Compute what samples begin with together once, where the model can."""
     attention: str = "auto"
     """flash, flex or sdpa; auto takes the first that the machine has, see ``find_planner``."""
 

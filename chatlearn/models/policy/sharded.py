@@ -73,12 +73,13 @@ class ShardedForward:
         token_ids: torch.Tensor,
         position_ids: torch.Tensor,
         segments: Plan,
+        predictors: torch.Tensor,
         chosen: torch.Tensor,
         *,
         temperature: float | torch.Tensor,
         entropy: bool = False,
     ) -> TokenLogprobs:
-        inputs = (token_ids, position_ids, segments, chosen)
+        inputs = (token_ids, position_ids, segments, predictors, chosen)
         scored = self.root(
             partial(self._forward, *inputs, temperature=temperature, entropy=entropy)
         )
@@ -86,10 +87,11 @@ class ShardedForward:
             reshard(self.root)
         return scored
 
-    def check(self, packed: AbstractContextManager[None]) -> None:
+    def check(self, packed: AbstractContextManager[None]) -> str:
         with torch.no_grad():
-            self.root(partial(self._forward.check, packed))
+            refusal = self.root(partial(self._forward.check, packed))
         reshard(self.root)
+        return refusal
 
 
 def reshard(root: Root) -> None:

@@ -9,62 +9,36 @@ forward (whose parameters may be gathered first), and ``Ranks`` (who may be nobo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from math import isfinite
-from typing import Protocol
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from chatlearn.algorithm.packing import collate
-from chatlearn.algorithm.rollout_sums import added, owners, spread, sums_of
+from chatlearn.algorithm.rollout_sums import added, spread, sums_of
 from chatlearn.errors import TrainerError
-from chatlearn.models.policy.attention import Plan, Planner, attending_packed
+from chatlearn.models.policy.attention import attending_packed
 from chatlearn.models.policy.optimizer import PolicyOptimizer
 from chatlearn.models.policy.ranks import Ranks
+from chatlearn.models.policy.row_logprobs import row_logprobs
 from chatlearn.models.policy.scored import (
     Placed,
     Scored,
-    in_groups,
     one_or_each,
     row_not_finite,
     step_metrics,
     summed,
 )
 from chatlearn.models.policy.settings import TrainerSettings
-from chatlearn.models.policy.token_logprobs import TokenLogprobs
+from chatlearn.models.policy.token_logprobs import Forward
 from chatlearn.types import MicroBatch, Sample
 
-_SCORED_AT_ONCE = 8192
-"""Tokens of one forward in ``logprobs``; a longer sample is a forward of its own."""
-_NOTHING = Sample([0], [False], [0.0], [0.0])
-"""What a rank scores while others still have samples."""
-
-
-class Forward(Protocol):
-    """A model as (packed row, positions) -> logprobs: ``PolicyForward``, or one that is sharded."""
-
-    model: PreTrainedModel
-    body: nn.Module
-    planner: Planner
-
-    def __call__(
-        self,
-        token_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        segments: Plan,
-        chosen: torch.Tensor,
-        *,
-        temperature: float | torch.Tensor,
-        entropy: bool = False,
-    ) -> TokenLogprobs: ...
-
-    def check(self, packed: AbstractContextManager[None]) -> None: ...
+_log = logging.getLogger(__name__)
 
 
 class BaseTrainer:
@@ -100,9 +74,18 @@ class BaseTrainer:
         self._recomputed = _recomputed_layers(self.model) if settings.gradient_checkpointing else []
         self._policy = policy
         self._reference = reference if settings.kl_coef > 0 else None
+        refusals = [self._policy.check(self._training())]
         if self._reference is not None:
-            self._reference.check(attending_packed(self._reference.body.config))
-        self._policy.check(self._training())
+            packed = attending_packed(self._reference.body.config)
+            refusals.append(self._reference.check(packed))
+        self._refusal_of_trees = next(filter(None, refusals), "")
+        if settings.tree_packing and self._refusal_of_trees:
+            _log.warning(
+                "Rows are not packed as trees (models.policy_trainer.tree_packing): %s cannot, on "
+                "a short tree %s.",
+                type(self.model).__name__,
+                self._refusal_of_trees,
+            )
         self._optimizer = PolicyOptimizer(
             self.model, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
         )
@@ -111,6 +94,12 @@ class BaseTrainer:
     def ranks(self) -> int:
         """Processes that update the policy together."""
         return self._ranks.size
+
+    @property
+    def packs_trees(self) -> bool:
+        """Whether micro-batches should share what samples begin with: it is set, and the model
+        computes the same on trees."""
+        return self.settings.tree_packing and not self._refusal_of_trees
 
     async def step(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
         """One update with the gradient of ``sum(weight * loss) / denominator`` over all batches.
@@ -165,23 +154,18 @@ class BaseTrainer:
         Each token at its own ``Sample.temperatures``. Each rank gives samples of its own, as many
         as it likes.
         """
-        groups = list(in_groups(samples, _SCORED_AT_ONCE))
-        turns = max(int(most) for [most] in self._ranks.gather([len(groups)]))
-        rows: list[list[float]] = []
         with torch.no_grad(), attending_packed(self._policy.body.config):
-            for group in [*groups, *[[_NOTHING]] * (turns - len(groups))]:
-                batch = collate(group, 0.0)
-                placed = self._place(batch, (batch.position_ids > 0).nonzero().squeeze(1))
-                row = torch.zeros(len(batch.token_ids))
-                if len(placed.chosen) or self._ranks.size > 1:
-                    scored = self._policy(*placed.inputs, temperature=placed.temperature)
-                    row[placed.chosen] = scored.logprobs.cpu()
-                rows += [part.tolist() for part in row.split([len(s.token_ids) for s in group])]
-        return rows[: len(samples)]
+            return row_logprobs(
+                self._policy,
+                samples,
+                device=self.device,
+                ranks=self._ranks,
+                tree=self.packs_trees,
+            )
 
     def _admit(self, micro_batches: Sequence[MicroBatch]) -> int:
         """How many tokens all ranks train, after what would hang or mislead them was refused."""
-        own = sum(int(batch.loss_mask.sum()) for batch in micro_batches)
+        own = sum(len(batch.targets) for batch in micro_batches)
         denominator = micro_batches[0].denominator if micro_batches else 0.0
         counts = self._ranks.gather([len(micro_batches), own, denominator])
         trained = sum(int(tokens) for _, tokens, _ in counts)
@@ -199,7 +183,7 @@ class BaseTrainer:
 
     def _must_run(self, batch: MicroBatch) -> bool:
         """A batch without a trained token has no gradient, but other ranks wait for its layers."""
-        return self._ranks.size > 1 or bool(batch.loss_mask.any())
+        return self._ranks.size > 1 or len(batch.targets) > 0
 
     @contextmanager
     def _training(self) -> Iterator[None]:
@@ -221,22 +205,22 @@ class BaseTrainer:
         """Around the forwards of the reference."""
         return nullcontext()
 
-    def _place(self, batch: MicroBatch, chosen: torch.Tensor | None = None) -> Placed:
-        """``batch`` on the device, to be scored at ``chosen`` [N], else where it is trained."""
-        if chosen is None:
-            chosen = batch.loss_mask.nonzero().squeeze(1)
+    def _place(self, batch: MicroBatch) -> Placed:
+        """``batch`` on the device."""
         to = self.device
-        plan = self._policy.planner(batch.cu_seqlens.tolist(), to)
-        inputs = (batch.token_ids.to(to), batch.position_ids.to(to), plan, chosen.to(to))
-        temperature = one_or_each(batch.temperatures[chosen])
+        plan = self._policy.planner(batch.cu_seqlens.tolist(), to, batch.parents.tolist())
+        rows = (batch.token_ids, batch.position_ids, batch.predictors, batch.targets)
+        token_ids, position_ids, predictors, targets = (column.to(to) for column in rows)
+        temperature = one_or_each(batch.temperatures)
         if isinstance(temperature, torch.Tensor):
             temperature = temperature.to(to)
-        placed = Placed(batch, chosen, inputs, temperature)
-        if self._objective.of_rollouts:
-            placed.trajectories, owner = owners(batch, chosen)
-            placed.owner = owner.to(to)
-            placed.trained = frozenset(placed.trajectories[i] for i in owner.unique().tolist())
-        return placed
+        return Placed(
+            batch,
+            (token_ids, position_ids, plan, predictors, targets),
+            temperature,
+            batch.owners.to(to),
+            frozenset(batch.trajectories[i] for i in batch.owners.unique().tolist()),
+        )
 
     def _reference_logprobs(self, placed: Sequence[Placed]) -> list[torch.Tensor | None]:
         """Of every batch before the first backward, so that the reference is needed once a step."""
@@ -265,11 +249,13 @@ class BaseTrainer:
                 for p, is_asked in zip(placed, asked, strict=True)
                 if is_asked
             ]
-        names = [p.trajectories for p, is_asked in zip(placed, asked, strict=True) if is_asked]
+        names = [
+            p.batch.trajectories for p, is_asked in zip(placed, asked, strict=True) if is_asked
+        ]
         totals = added(zip(names, own, strict=True), self._ranks.gather)
         return [
-            torch.tensor([totals[name] for name in p.trajectories]).to(p.owner.device)[p.owner]
-            if is_asked and p.owner is not None
+            torch.tensor([totals[name] for name in p.batch.trajectories]).to(self.device)[p.owners]
+            if is_asked
             else None
             for p, is_asked in zip(placed, asked, strict=True)
         ]
@@ -278,13 +264,13 @@ class BaseTrainer:
         """Over the tokens that each trajectory has in this batch. [S, 3] fp64"""
         rollout, advantages, _ = self._numbers(placed)
         columns = self._objective.columns(policy, rollout, advantages)
-        return sums_of(columns, placed.owner, len(placed.trajectories))
+        return sums_of(columns, placed.owners, len(placed.batch.trajectories))
 
     def _numbers(self, placed: Placed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rollout logprobs, advantages and weights of the chosen tokens. [N] each"""
+        """Rollout logprobs, advantages and weights of the trained tokens. [M] each"""
         batch = placed.batch
         columns = (batch.rollout_logprobs, batch.advantages, batch.weights)
-        rollout, advantages, weights = (c[placed.chosen].to(self.device) for c in columns)
+        rollout, advantages, weights = (column.to(self.device) for column in columns)
         return rollout, advantages, weights
 
     def _backward(
@@ -293,8 +279,8 @@ class BaseTrainer:
         """Forward and backward of one micro-batch; nothing here waits for the device.
 
         Args:
-            reference: its logprobs at the chosen positions [N], where there is one.
-            sums: over the whole rollout of each chosen token [N, 3]; None = this batch has all of
+            reference: its logprobs of the trained tokens [M], where there is one.
+            sums: over the whole rollout of each trained token [M, 3]; None = this batch has all of
                 it.
         """
         rollout, advantages, weights = self._numbers(placed)
@@ -304,7 +290,7 @@ class BaseTrainer:
             entropy=self.settings.entropy_coef != 0,
         )
         if sums is None and self._objective.of_rollouts:
-            sums = self._own_sums(placed, policy.detach())[placed.owner]
+            sums = self._own_sums(placed, policy.detach())[placed.owners]
         terms = self._objective(
             policy, rollout, advantages, sums=sums, reference=reference, entropy=entropy
         )

@@ -9,7 +9,7 @@ backward pass where one piece would not do.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -23,6 +23,8 @@ _LOGITS_AT_ONCE = 2**26
 """Most fp32 logits that live at once (256 MiB): rows of a piece times vocabulary."""
 _PROBE = (9, 5)
 """Lengths of the two segments that ``PolicyForward.check`` compares."""
+_BRANCH = 4
+"""Position in the first of them that the second goes on after, in the tree it compares."""
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -32,6 +34,28 @@ class TokenLogprobs(NamedTuple):
 
     logprobs: torch.Tensor  # [N] fp32, of softmax(logits / the token's temperature)
     entropy: torch.Tensor | None  # [N] fp32, in nats, of the same distribution
+
+
+class Forward(Protocol):
+    """A model as (packed row, positions) -> logprobs: ``PolicyForward``, or one that is sharded."""
+
+    model: PreTrainedModel
+    body: nn.Module
+    planner: Planner
+
+    def __call__(
+        self,
+        token_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        segments: Plan,
+        predictors: torch.Tensor,
+        chosen: torch.Tensor,
+        *,
+        temperature: float | torch.Tensor,
+        entropy: bool = False,
+    ) -> TokenLogprobs: ...
+
+    def check(self, packed: AbstractContextManager[None]) -> str: ...
 
 
 class PolicyForward:
@@ -74,23 +98,25 @@ class PolicyForward:
         token_ids: torch.Tensor,
         position_ids: torch.Tensor,
         segments: Plan,
+        predictors: torch.Tensor,
         chosen: torch.Tensor,
         *,
         temperature: float | torch.Tensor,
         entropy: bool = False,
     ) -> TokenLogprobs:
-        """log p of the tokens at ``chosen``, each given the tokens before it in its segment.
+        """log p of chosen tokens, each given the tokens before it in its sample.
 
         Args:
             token_ids: [T] the packed row.
-            position_ids: [T] 0 at the start of each segment.
-            segments: which positions belong together.
-            chosen: [N] positions in the row, none of them the first of a segment.
+            position_ids: [T] how many tokens come before each.
+            segments: which positions see which.
+            predictors: [N] positions before those of the chosen tokens, in their samples.
+            chosen: [N] positions of the chosen tokens.
             temperature: the logits are divided by it, in fp32: one number for all chosen tokens,
                 or one for each. [N] fp32
             entropy: also compute the entropy of the distribution at each chosen position.
         """
-        hidden = self.hidden(token_ids, position_ids, segments).index_select(0, chosen - 1)
+        hidden = self.hidden(token_ids, position_ids, segments).index_select(0, predictors)
         targets = token_ids.index_select(0, chosen)
         piece = max(1, _LOGITS_AT_ONCE // self.head.weight.shape[0])
         if len(chosen) <= piece:
@@ -140,8 +166,8 @@ class PolicyForward:
         mean_logit = (torch.softmax(logits, dim=-1) * logits).sum(dim=-1)
         return logprobs, log_sum - mean_logit
 
-    def check(self, packed: AbstractContextManager[None]) -> None:
-        """Compare this way to the logits with the model's own, on two short packed segments.
+    def check(self, packed: AbstractContextManager[None]) -> str:
+        """Compare this way to the logits with the model's own, on a short row and a short tree.
 
         ``packed`` is entered around this way only; in it the model attends packed.
 
@@ -149,31 +175,59 @@ class PolicyForward:
         matrix product, dropout that is on, layers (linear attention, convolutions) that see from
         one segment into the next.
 
+        Returns:
+            Why this model cannot be trained on trees, in words; '' when it can.
+
         Raises:
-            TrainerError: they differ by more than rounding.
+            TrainerError: even on the row they differ by more than rounding.
         """
         device = self.head.weight.device
         vocabulary = self.head.weight.shape[0]
         row = [(3 + 7 * i) % vocabulary for i in range(sum(_PROBE))]
-        ids = torch.tensor(row, device=device)
-        positions = torch.cat([torch.arange(n, device=device) for n in _PROBE])
-        segments = self.planner([0, _PROBE[0], sum(_PROBE)], device)
+        first, second = row[: _PROBE[0]], row[_PROBE[0] :]
         with torch.no_grad():
-            parts = [part.unsqueeze(0) for part in ids.split(list(_PROBE))]
-            own = [self.model(part, use_cache=False).logits[0] for part in parts]
-            theirs = torch.cat(own).float()
-            try:
-                with packed:
-                    ours = self.logits(self.hidden(ids, positions, segments))
-            except (TypeError, RuntimeError) as error:
-                raise TrainerError(self._refusal(f"it raised: {error}")) from error
+            apart = self._own_logits([first, second], device)
+            joined = self._own_logits([first, first[: _BRANCH + 1] + second], device)
+            with packed:
+                gap = self._gap(row, (), torch.cat(apart))
+                tree = self._gap(
+                    row, (-1, _BRANCH), torch.cat([joined[0], joined[1][_BRANCH + 1 :]])
+                )
         tolerance = 1e-3 if self.head.weight.dtype == torch.float32 else 5e-2
-        gap = ((ours - theirs).abs().mean() / theirs.std()).item()
-        if not gap <= tolerance:
-            raise TrainerError(self._refusal(f"the mean logit is off by {gap:.1e} deviations"))
+        if isinstance(gap, str) or not gap <= tolerance:
+            raise TrainerError(self._refusal(gap))
+        return "" if isinstance(tree, float) and tree <= tolerance else _said(tree)
 
-    def _refusal(self, what: str) -> str:
+    def _own_logits(self, texts: list[list[int]], device: torch.device) -> list[torch.Tensor]:
+        """The model's own fp32 logits of each text. [L, vocabulary] each"""
+        inputs = [torch.tensor([text], device=device) for text in texts]
+        return [self.model(ids, use_cache=False).logits[0].float() for ids in inputs]
+
+    def _gap(self, row: list[int], parents: tuple[int, ...], own: torch.Tensor) -> float | str:
+        """How far these logits of the probe are from ``own`` in the mean, in deviations; or what
+        the model raised."""
+        device = own.device
+        starts = (0, parents[1] + 1 if parents else 0)
+        positions = [
+            torch.arange(n, device=device) + s for n, s in zip(_PROBE, starts, strict=True)
+        ]
+        try:
+            segments = self.planner([0, _PROBE[0], sum(_PROBE)], device, parents)
+            ids = torch.tensor(row, device=device)
+            ours = self.logits(self.hidden(ids, torch.cat(positions), segments))
+        except (TypeError, RuntimeError) as error:
+            return str(error)
+        return ((ours - own).abs().mean() / own.std()).item()
+
+    def _refusal(self, gap: float | str) -> str:
         return (
             f"The head or the layers of {type(self.model).__name__} do more than packed training "
-            f"knows: on a short text, {what}. Train a decoder-only model with softmax attention."
+            f"knows: on a short text, {_said(gap)}. Train a decoder-only model with softmax "
+            "attention."
         )
+
+
+def _said(gap: float | str) -> str:
+    if isinstance(gap, str):
+        return f"it raised: {gap}"
+    return f"the mean logit is off by {gap:.1e} deviations"

@@ -17,6 +17,7 @@ from chatlearn.models.policy.attention import (
     attending_packed,
     body_inputs,
     packed_attention,
+    spans,
 )
 from chatlearn.models.policy.attention_kernels import FlashPlan, FlexPlan, find_planner
 from chatlearn.models.policy.settings import TrainerSettings
@@ -87,6 +88,99 @@ def test_any_lengths_equal_one_segment_at_a_time(lengths, window, grouped):
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+TREES = st.lists(
+    st.tuples(st.integers(1, 40), st.floats(0, 1), st.booleans()), min_size=1, max_size=9
+)
+
+
+def grown(shapes):
+    """Segments in the order in which trees are laid out: each a root, or a branch at some share of
+    the path from the root to the end of the segment before it."""
+    cu, parents, paths = [0], [], []
+    for length, share, is_root in shapes:
+        start = cu[-1]
+        path = [] if is_root or not paths else paths[-1][: 1 + int(share * (len(paths[-1]) - 1))]
+        parents.append(path[-1] if path else -1)
+        paths.append([*path, *range(start, start + length)])
+        cu.append(start + length)
+    return cu, parents, paths
+
+
+def seen_in(paths, total, window):
+    """Which positions each sees, by walking every path. [T, T] bool"""
+    seen = torch.zeros(total, total, dtype=torch.bool)
+    for path in paths:
+        for depth, q in enumerate(path):
+            seen[q, path[max(0, depth + 1 - (window or depth + 1)) : depth + 1]] = True
+    return seen
+
+
+def test_a_branch_sees_the_path_to_it():
+    """
+    packed   a b c d | x y | p          x y goes on after b, p after x
+    depth    0 1 2 3   2 3   3
+    """
+    found = spans([0, 4, 6, 7], [-1, 1, 4])
+    assert [(s.start, s.length, s.path.tolist()) for s in found] == [
+        (0, 4, []),
+        (4, 2, [0, 1]),
+        (6, 1, [0, 1, 4]),
+    ]
+    plan = FlexPlan.of([0, 4, 6, 7], "cpu", [-1, 1, 4])
+    assert plan.ends.tolist() == [7, 7, 4, 4, 7, 6, 7]
+    assert plan.depths.tolist() == [0, 1, 2, 3, 2, 3, 3]
+
+
+@settings(max_examples=60, deadline=None)
+@given(TREES, st.sampled_from([None, 3]), st.booleans())
+def test_any_tree_equals_a_mask(shapes, window, grouped):
+    torch.manual_seed(0)
+    cu, parents, paths = grown(shapes)
+    total, heads, kv_heads = cu[-1], 4, 2 if grouped else 4
+    q = torch.randn(1, heads, total, 8, requires_grad=True)
+    k, v = (torch.randn(1, kv_heads, total, 8, requires_grad=True) for _ in range(2))
+    seen = seen_in(paths, total, window)
+    expected = scaled_dot_product_attention(q, k, v, seen, enable_gqa=grouped).transpose(1, 2)
+    got = Segments.of(cu, "cpu", parents).attend(q, k, v, scaling=None, window=window)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    upstream = torch.randn_like(got)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, (q, k, v), upstream),
+        torch.autograd.grad(expected, (q, k, v), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 300), st.floats(0, 1), st.booleans()), min_size=1, max_size=6
+    ),
+    st.sampled_from([None, 50]),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_flex_blocks_of_any_tree_hold_every_pair_that_is_seen(shapes, window):
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    cu, parents, paths = grown(shapes)
+    plan = FlexPlan.of(cu, "cpu", parents)
+    at, mask = torch.arange(cu[-1]), plan.mask(window)
+    seen = seen_in(paths, cu[-1], window)
+    assert torch.equal(mask.mask_mod(0, 0, at[:, None], at[None, :]), seen)
+    needed = flex.create_block_mask(mask.mask_mod, None, None, cu[-1], cu[-1], device="cpu")
+    assert not (needed.to_dense() > mask.to_dense()).any()
+    for q, keys, count in zip(
+        range(10**6), mask.full_kv_indices[0, 0], mask.full_kv_num_blocks[0, 0], strict=False
+    ):
+        for k in keys[:count].tolist():  # blocks that the kernel does not mask
+            assert seen[128 * q : 128 * q + 128, 128 * k : 128 * k + 128].all()
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, cu[-1], 8), *torch.randn(2, 1, 2, cu[-1], 8)
+    got = plan.attend(q, k, v, scaling=None, window=window)
+    expected = Segments.of(cu, "cpu", parents).attend(q, k, v, scaling=None, window=window)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -161,7 +255,9 @@ def test_flex_blocks_hold_every_pair_that_is_seen(lengths, window):
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     mask = plan.mask(window)
     whole = flex.create_block_mask(mask.mask_mod, None, None, total, total, device="cpu")
-    assert torch.equal(mask.to_dense(), whole.to_dense())
+    assert not (whole.to_dense() > mask.to_dense()).any()
+    if window is None:
+        assert torch.equal(mask.to_dense(), whole.to_dense())
 
 
 def test_flash_is_given_what_its_signature_asks():
@@ -178,13 +274,16 @@ def test_flash_is_given_what_its_signature_asks():
     cu = bounds([7, 1, 12])
     q, k, v = torch.randn(1, 4, 20, 8), *torch.randn(2, 1, 2, 20, 8)
     for window in (None, 4):
-        got = FlashPlan.of(varlen, cu, "cpu").attend(q, k, v, scaling=None, window=window)
+        got = FlashPlan.of(varlen, Segments.of, cu, "cpu").attend(
+            q, k, v, scaling=None, window=window
+        )
         expected = Segments.of(cu, "cpu").attend(q, k, v, scaling=None, window=window)
         torch.testing.assert_close(got, expected)
     assert seen["window_size"] == (3, 0)
     assert seen["max_seqlen_q"] == seen["max_seqlen_k"] == 12
     assert seen["cu_seqlens_k"].dtype == torch.int32
     assert seen["causal"] is True
+    assert isinstance(FlashPlan.of(varlen, Segments.of, cu, "cpu", (-1, 0, 0)), Segments)
 
 
 def test_a_kernel_that_is_not_there_is_refused_only_where_it_was_asked_for():

@@ -177,7 +177,8 @@ def test_ranks_without_a_row_are_given_nothing_to_train(folders, rank_pools):
     """One row on two ranks: the other computes a row of two tokens, without gradient."""
     expected = train(one_process(folders["tied"], PLAIN), steps=1, count=1)
     answers = rank_pools[2].run(job_train, folder=folders["tied"], settings=PLAIN, steps=1, count=1)
-    assert_same_run(answers, expected, leave_out=("memory/peak_gb", "tokens/computed"))
+    more = ("memory/peak_gb", "tokens/computed", "tokens/computed_per_distinct")
+    assert_same_run(answers, expected, leave_out=more)
     assert answers[0][1][0]["tokens/computed"] == expected[1][0]["tokens/computed"] + 2
 
 
@@ -233,7 +234,7 @@ def job_not_finite(folder, where):
     batches = pack(rows(), 30, ranks=2)[dist.get_rank() :: 2]
     parameter = dict(trainer.model.named_parameters())["model.norm.weight"]
     if where == "loss" and dist.get_rank() == 1:
-        at = int(batches[0].loss_mask.nonzero()[-1])
+        at = -1
         good = batches[0].rollout_logprobs[at].item()
         batches[0].rollout_logprobs[at] = float("nan")
     hook = None
@@ -260,7 +261,7 @@ def test_a_bad_number_on_one_rank_ends_the_step_on_all(folders, rank_pools):
     assert words[0] == words[1]
     assert "not finite; no update was made" in words[0]
     assert "'g/" in words[0]
-    assert "(rank 1, micro-batch 0, row" in words[0]
+    assert "(rank 1, micro-batch 0)" in words[0]
     words = rank_pools[2].run(job_not_finite, folder=folders["tied"], where="gradient")
     assert words[0] == words[1]
     assert "The loss is finite but the gradient" in words[0]

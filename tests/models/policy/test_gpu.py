@@ -119,7 +119,8 @@ def test_memory_goes_and_comes_back(folder, world):
 
 @pytest.mark.parametrize("kernel", ["flash", "flex"])
 @pytest.mark.parametrize("window", [None, 64])
-def test_kernels_compute_what_sdpa_computes(kernel, window):
+@pytest.mark.parametrize("parents", [(), (-1, 0, 500, 300, 730)], ids=["rows", "trees"])
+def test_kernels_compute_what_sdpa_computes(kernel, window, parents):
     try:
         planner = find_planner(kernel, CUDA, torch.bfloat16, CONFIG)
     except TrainerError as error:
@@ -133,7 +134,7 @@ def test_kernels_compute_what_sdpa_computes(kernel, window):
     ]
     upstream = torch.randn(1, cu[-1], 8, 64, device=CUDA, dtype=torch.bfloat16)
     outputs = []
-    for plan in (planner(cu, CUDA), Segments.of(cu, CUDA)):
+    for plan in (planner(cu, CUDA, parents), Segments.of(cu, CUDA, parents)):
         out = plan.attend(*states, scaling=None, window=window)
         outputs.append([out, *torch.autograd.grad(out, states, upstream)])
     for ours, theirs in zip(*outputs, strict=True):

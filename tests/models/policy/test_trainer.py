@@ -214,7 +214,7 @@ def test_metrics_by_hand():
 
 
 def test_logprobs_are_of_each_token_in_order(monkeypatch):
-    monkeypatch.setattr("chatlearn.models.policy.step._SCORED_AT_ONCE", 25)
+    monkeypatch.setattr("chatlearn.models.policy.row_logprobs._SCORED_AT_ONCE", 25)
     rows = [*samples(7, temperatures=(0.7, 1.0, 1.3)), Sample([5], [False], [0.0], [0.0])]
     model = tiny()
     got = asyncio.run(trainer(model).logprobs(rows))
@@ -362,7 +362,7 @@ def test_a_loss_that_is_not_finite_updates_nothing_and_names_the_row():
     before = [p.detach().clone() for p in model.parameters()]
     rows = [Sample([3] * 5, [False] * 4 + [True], [-3.0] * 5, [0.5] * 5) for _ in range(3)]
     rows[1].rollout_logprobs[4] = float("nan")
-    with pytest.raises(TrainerError, match=r"micro-batch 0, row 1\), token 4 of 5 \(id 3\)"):
+    with pytest.raises(TrainerError, match=r"micro-batch 0\), token 4 of its row \(id 3\)"):
         step(policy, pack(rows, 50))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert all(p.grad is None for p in model.parameters())
