@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from chatlearn.errors import EngineError, EngineLost
+from chatlearn.models.policy.weight_buckets import Sent, buckets, plain_memory
 from chatlearn.models.policy.weight_checksums import (
     expected_checksums,
     require_equal,
@@ -23,9 +24,6 @@ from chatlearn.models.policy.weight_checksums import (
 )
 from chatlearn.models.policy.weights import (
     CollectiveSender,
-    Sent,
-    buckets,
-    plain_memory,
     send_disk,
     send_tensors,
 )
