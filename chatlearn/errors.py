@@ -40,6 +40,10 @@ class EngineLost(EngineError):
     """The server is gone or unreachable; the request may be asked again elsewhere."""
 
 
+class EnvironmentLost(EngineError):
+    """The environment service is gone, or forgot the instance; the run may be tried again."""
+
+
 class TrainerError(ChatLearnError):
     """The trainer cannot train this model or these samples."""
 

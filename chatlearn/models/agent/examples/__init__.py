@@ -2,6 +2,7 @@
 
 from chatlearn.models.agent.examples import (
     calculator_agent_graph,
+    frozen_lake_agent_graph,
     math_eval_agent_graph,
     second_try_agent_graph,
     single_turn_agent_graph,
@@ -9,6 +10,7 @@ from chatlearn.models.agent.examples import (
 
 __all__ = [
     "calculator_agent_graph",
+    "frozen_lake_agent_graph",
     "math_eval_agent_graph",
     "second_try_agent_graph",
     "single_turn_agent_graph",

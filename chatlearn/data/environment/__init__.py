@@ -1,0 +1,1 @@
+"""Environments behind HTTP: ``client`` for agents and readers, ``server`` for any Python class."""
