@@ -21,6 +21,7 @@ from chatlearn.models.agent.chat_model import CustomChatModel
 from chatlearn.models.agent.prompt_builder import PromptBuilder
 from chatlearn.models.agent.templates.check import check_template
 from chatlearn.models.agent.tool_parser import ToolParser, guess, tool_parser
+from chatlearn.rewards.checks import load_checks
 from chatlearn.rewards.registry import resolve_reward
 from chatlearn.types import Budget, SamplingParams, Session, Task, Trajectory
 
@@ -61,6 +62,7 @@ class Agents:
             parser=_parser(cfg.models.policy.tool_parser, tokenizer),
             max_input_tokens=cfg.max_context,
         )
+        self._checks = load_checks(cfg.runtime_args.checks)
         auxiliary_models = build_auxiliary(cfg.runtime_args.auxiliary_models)
         self._factory = AgentFactory(llm, tokenizer, auxiliary_models)
 
@@ -125,6 +127,7 @@ class Agents:
             timeout_s=self._cfg.runtime_args.agent_timeout_s,
             trainable_nodes=self._cfg.models.policy.trainable_nodes,
             train_orphans=self._cfg.models.policy.train_orphans,
+            checks=self._checks,
         )
 
 

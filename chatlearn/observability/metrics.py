@@ -22,6 +22,9 @@ _TOOL_COUNTS = {
 _SUPERSEDED = "superseded"
 """``Turn.excluded`` of a call whose node or runnable was tried again."""
 
+_AGENT = "agent/"
+"""Before names that the agent or its reward chose."""
+
 PASS_THRESHOLD = 1.0
 """A task counts as passed when its best reward reaches this."""
 
@@ -31,7 +34,8 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
     ``reward/*`` and ``response/*`` are over trainable trajectories, ``turns/*`` over those that
     made a call, ``tokens/*``, ``tools/*`` and ``outcome/*`` over all; ``agent/<key>`` is the mean
-    of a metric the agent or its reward set, over the trajectories that set it. See ``_tree`` for
+    of a metric the agent or its reward set, over the trajectories that set it, and
+    ``checks/<name>`` the fraction of runs in which a check found something. See ``_tree`` for
     ``turns/*`` beside the mean and the maximum, and ``_nodes`` for ``node/<path>/*``.
     """
     trajectories = [t for group in groups for t in group.trajectories]
@@ -58,7 +62,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         metrics["response/truncated_fraction"] = truncated / len(trained)
         metrics["response/tokens_mean"] = fmean(lengths)
         metrics["response/tokens_max"] = float(max(lengths))
-    return metrics | _nodes(trajectories) | _user_means(trajectories, "agent/")
+    return metrics | _nodes(trajectories) | _user_means(trajectories, _AGENT)
 
 
 def advantage_metrics(advantages: Iterable[float]) -> dict[str, float]:
@@ -206,4 +210,7 @@ def _user_means(trajectories: Iterable[Trajectory], prefix: str) -> dict[str, fl
         for key, value in trajectory.metrics.items():
             if key not in _TOOL_COUNTS:
                 values[key].append(float(value))
-    return {f"{prefix}{key}": fmean(found) for key, found in sorted(values.items())}
+    return {
+        key if key.startswith("checks/") and prefix == _AGENT else prefix + key: fmean(found)
+        for key, found in sorted(values.items())
+    }

@@ -44,7 +44,7 @@ def reward(*data_sources: str) -> Callable[[RewardFunction], RewardFunction]:
     def register(function: RewardFunction) -> RewardFunction:
         for source in data_sources:
             known = _functions.get(source)
-            if known is not None and _home(known) != _home(function):
+            if known is not None and home(known) != home(function):
                 raise ConfigError(
                     f"two rewards for data source {source!r}: {describe(known)} and "
                     f"{describe(function)}; to override one for some rows, name yours in their "
@@ -89,6 +89,21 @@ def load_function(spec: str, where: str) -> RewardFunction:
     Args:
         where: what names the spec, for the error message.
     """
+    function = load_object(spec, where)
+    if not callable(function):
+        raise ConfigError(f"{where}: {spec} is {type(function).__name__}, not a function")
+    return function
+
+
+def load_object(spec: str, where: str) -> Any:
+    """Import what a spec ``pkg.mod:name`` or ``path/file.py:name`` names.
+
+    Args:
+        where: what names the spec, for the error message.
+
+    Raises:
+        ConfigError: the spec is no such text, or the module or the name cannot be had.
+    """
     module_name, colon, name = spec.rpartition(":") if isinstance(spec, str) else ("", "", "")
     if not colon or not module_name or not name:
         raise ConfigError(
@@ -96,13 +111,10 @@ def load_function(spec: str, where: str) -> RewardFunction:
         )
     is_file = module_name.endswith(".py")
     module = _import_file(module_name, where) if is_file else _import_module(module_name, where)
-    function = getattr(module, name, None)
-    if function is None:
+    if not hasattr(module, name):
         names = [key for key, value in vars(module).items() if callable(value)]
-        raise ConfigError(f"{where}: {module_name} has no {name!r}{_meant(name, names)}")
-    if not callable(function):
-        raise ConfigError(f"{where}: {spec} is {type(function).__name__}, not a function")
-    return function
+        raise ConfigError(f"{where}: {module_name} has no {name!r}{meant(name, names)}")
+    return getattr(module, name)
 
 
 def describe(function: RewardFunction) -> str:
@@ -111,7 +123,7 @@ def describe(function: RewardFunction) -> str:
     return f"{getattr(function, '__module__', '?')}:{name}"
 
 
-def _home(function: RewardFunction) -> tuple[str, str]:
+def home(function: Any) -> tuple[str, str]:
     """File and name a function was defined under, the same through every import of the file."""
     code = getattr(function, "__code__", None)
     file = str(Path(code.co_filename).resolve()) if code else type(function).__module__
@@ -123,7 +135,7 @@ def _import_file(path: str, where: str) -> ModuleType:
     file = Path(path).expanduser().resolve()
     if not file.is_file():
         near = [p.name for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
-        raise ConfigError(f"{where}: there is no file {file}{_meant(file.name, near)}")
+        raise ConfigError(f"{where}: there is no file {file}{meant(file.name, near)}")
     digest = hashlib.sha256(str(file).encode()).hexdigest()[:8]
     name = f"chatlearn_file_{re.sub(r'[^0-9A-Za-z_]', '_', file.stem)}_{digest}"
     if name in sys.modules:
@@ -152,9 +164,9 @@ def _import_module(name: str, where: str) -> ModuleType:
             raise
         if name != cause.name and not name.startswith(cause.name + "."):
             raise  # the module exists, and imports something that does not
-        meant = _meant(cause.name, _siblings(cause.name))
+        hint = meant(cause.name, _siblings(cause.name))
         raise ConfigError(
-            f"{where}: there is no module {cause.name!r}{meant}; "
+            f"{where}: there is no module {cause.name!r}{hint}; "
             "a file that is not installed is named by its path: 'path/file.py:function'"
         ) from None
 
@@ -166,6 +178,7 @@ def _siblings(name: str) -> list[str]:
     return [f"{parent}{dot}{found.name}" for found in pkgutil.iter_modules(places)]
 
 
-def _meant(name: str, known: Iterable[str]) -> str:
+def meant(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` with the nearest known name; '' when none is near."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

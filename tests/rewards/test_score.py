@@ -48,6 +48,7 @@ async def test_a_function_with_kwargs_gets_everything():
         return 0
 
     await scored(mine)
+    assert got.pop("judge_case").response_text == "12"
     assert got == {
         "response": "12",
         "messages": MESSAGES,
@@ -60,6 +61,7 @@ async def test_a_function_with_kwargs_gets_everything():
         "uid": "d:0",
         "agent_name": "calculator",
         "agent_cfg_path": None,
+        "auxiliary_models": {},
     }
 
 
@@ -181,7 +183,7 @@ async def test_everything_else_is_a_judge_error_and_never_zero(result):
     ],
 )
 async def test_a_wrong_part_is_named(result, words):
-    with pytest.raises(JudgeError, match=f"task d:0 returned .*{words}.*a chatlearn.types.Score$"):
+    with pytest.raises(JudgeError, match=f"task d:0 returned .*{words}.*a JudgeOutput$"):
         await scored(lambda: result)
 
 

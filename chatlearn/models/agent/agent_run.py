@@ -18,6 +18,7 @@ from chatlearn.models.agent.base_agent_graph import BaseAgentGraph
 from chatlearn.models.agent.messages import to_openai
 from chatlearn.models.agent.node_patterns import matches
 from chatlearn.models.agent.run import BudgetExhausted, Run, set_current_run
+from chatlearn.rewards.checks import Check, Findings
 from chatlearn.rewards.registry import RewardFunction
 from chatlearn.rewards.score import score
 from chatlearn.types import (
@@ -44,6 +45,7 @@ async def run_agent(
     timeout_s: float,
     trainable_nodes: Sequence[str] = ("*",),
     train_orphans: bool = False,
+    checks: Sequence[Check] = (),
 ) -> Trajectory:
     """Run ``agent`` on ``task`` and score it.
 
@@ -53,6 +55,7 @@ async def run_agent(
     Args:
         trainable_nodes: patterns; turns of other nodes are context (``Turn.excluded``).
         train_orphans: also train calls that a retry superseded.
+        checks: looked for in every turn (``runtime_args.checks``).
     """
     run = Run(
         session=session,
@@ -63,6 +66,7 @@ async def run_agent(
         agent_name=task.agent_name,
         trainable_nodes=tuple(trainable_nodes),
         train_orphans=train_orphans,
+        findings=Findings(tuple(checks)),
     )
     trajectory = Trajectory(task=task, uid=str(session))
     started = time.perf_counter()
@@ -102,6 +106,8 @@ async def _run_and_score(
         with boundary(AgentError, where):
             output = await _call(agent, task, run.sampling)
         _read_output(output, trajectory, where)
+    except JudgeError as error:  # an agent may judge inside its run
+        trajectory.outcome, trajectory.error = Outcome.JUDGE_ERROR, str(error)
     except AgentError as error:
         cause = error.__cause__ or error
         if isinstance(cause, BudgetExhausted) or run.recorder.exhausted:
@@ -120,8 +126,9 @@ async def _run_and_score(
         trajectory.messages = [to_openai(m) for m in run.recorder.conversation]
     _exclude(run)
     _settle(trajectory, run, where)
+    _override(trajectory, run)
     if trajectory.outcome.is_trainable and trajectory.reward is None:
-        await _score(trajectory, task, reward_function, where)
+        await _score(trajectory, task, reward_function, agent.auxiliary_models, where)
     if trajectory.outcome.is_trainable:
         try:
             _reward_turns(trajectory, run, where)
@@ -129,15 +136,33 @@ async def _run_and_score(
             trajectory.outcome, trajectory.error = Outcome.AGENT_ERROR, str(error)
 
 
+def _override(trajectory: Trajectory, run: Run) -> None:
+    """Degenerate output earns what ``runtime_args.checks`` says, whatever the agent or a judge
+    would have given."""
+    forced = run.findings.reward(trajectory.turns)
+    if forced is not None and trajectory.outcome.is_trainable:
+        trajectory.reward = forced
+        trajectory.node_rewards, trajectory.turn_rewards = {}, {}
+
+
 async def _score(
-    trajectory: Trajectory, task: Task, reward_function: RewardFunction | None, where: str
+    trajectory: Trajectory,
+    task: Task,
+    reward_function: RewardFunction | None,
+    auxiliary_models: Mapping[str, Any],
+    where: str,
 ) -> None:
     if reward_function is None:
         trajectory.outcome = Outcome.JUDGE_ERROR
         trajectory.error = f"{where} returned no reward, and no reward function is named for it"
     else:
         try:
-            scored = await score(reward_function, trajectory=trajectory, task=task)
+            scored = await score(
+                reward_function,
+                trajectory=trajectory,
+                task=task,
+                auxiliary_models=auxiliary_models,
+            )
             trajectory.reward = scored.reward
             trajectory.metrics.update(scored.metrics)
             trajectory.node_rewards = {**scored.node_rewards, **trajectory.node_rewards}
@@ -224,6 +249,7 @@ def _exclude(run: Run) -> None:
             turn.excluded = "superseded"
         elif not any(matches(p, run.agent_name, turn.path) for p in run.trainable_nodes):
             turn.excluded = f"node {turn.path!r} is not in models.policy.trainable_nodes"
+    run.findings.mask(run.recorder.turns)
 
 
 def _reward_turns(trajectory: Trajectory, run: Run, where: str) -> None:
@@ -248,12 +274,14 @@ def _settle(trajectory: Trajectory, run: Run, where: str) -> None:
     """What the recorder knows about the outcome that the graph's return does not say."""
     if run.engine_error is not None:
         trajectory.outcome, trajectory.error = Outcome.ENGINE_ERROR, str(run.engine_error)
+    elif run.findings.error is not None:
+        trajectory.outcome, trajectory.error = Outcome.JUDGE_ERROR, str(run.findings.error)
     elif trajectory.outcome is not Outcome.FINISHED:
         return
     elif not trajectory.turns:
         trajectory.outcome = Outcome.AGENT_ERROR
         trajectory.error = f"{where} ended without one call of self.llm: there is nothing to learn"
-    elif all(turn.excluded for turn in trajectory.turns):
+    elif all(turn.excluded for turn in trajectory.turns) and not run.findings.masked:
         trajectory.outcome = Outcome.AGENT_ERROR
         reasons = ", ".join(sorted({turn.excluded for turn in trajectory.turns}))
         trajectory.error = f"no turn of {where} is trained: {reasons}"
@@ -274,4 +302,5 @@ def _finish(trajectory: Trajectory, run: Run, seconds: float) -> None:
             "invalid_tool_calls": float(run.recorder.counts["invalid_tool_calls"]),
         }
     )
+    trajectory.metrics.update(run.findings.metrics(trajectory.turns))
     trajectory.metrics["seconds"] = seconds

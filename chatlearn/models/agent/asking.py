@@ -24,6 +24,7 @@ from chatlearn.models.agent.prompt_builder import PromptBuilder
 from chatlearn.models.agent.recorder import Conversation
 from chatlearn.models.agent.run import BudgetExhausted, Run
 from chatlearn.models.agent.tool_parser import ParsedText, ToolParser
+from chatlearn.rewards.checks import CalledTool, SampledTurn
 from chatlearn.types import Completion, SamplingParams, StopReason, Turn
 
 ANY_TOOL = "*"
@@ -98,10 +99,13 @@ async def ask(
     """Sample one answer to ``messages`` and record it. Call it in the event loop of ``run``.
 
     Raises:
-        BudgetExhausted: the run has no tokens left.
+        BudgetExhausted: the run has no tokens left, or a check ended it.
+        JudgeError: a check failed.
         EngineError: the engine failed; the run is told.
         AgentError: messages or wishes that cannot be rendered or sampled.
     """
+    if run.findings.stopped is not None:
+        raise BudgetExhausted(run.findings.why_stopped)
     if run.is_over:
         raise AgentError("the policy was called after the end of its agent run, by a thread of it")
     if not messages:
@@ -181,7 +185,21 @@ def _record(
     recorder.counts["invalid_tool_calls"] += sum(call.error is not None for call in parsed.calls)
     answer = _message(run, policy, turn, parsed)
     recorder.record(turn, asked.heard, answer, position.caller)
+    if run.findings.checks:
+        _check(run, wish, turn, text, parsed)
     return turn, answer
+
+
+def _check(run: Run, wish: Wish, turn: Turn, text: str, parsed: ParsedText) -> None:
+    """Look for degenerate output; a check may end the run here."""
+    tools = (
+        None if wish.tools is None else [str(t.get("function", t).get("name")) for t in wish.tools]
+    )
+    calls = tuple(CalledTool(call.name or "", call.error) for call in parsed.calls)
+    run.findings.look(turn.id, SampledTurn(text, turn.completion.logprobs, calls, tools))
+    if run.findings.stopped is not None:
+        run.recorder.exhausted = run.recorder.exhausted or run.findings.why_stopped
+        raise BudgetExhausted(run.findings.why_stopped)
 
 
 def _prompt(

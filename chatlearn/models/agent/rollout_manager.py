@@ -160,7 +160,8 @@ class RolloutManager:
         self._charged -= 1
 
     def _note_failures(self, group: Group) -> None:
-        failures = [t for t in group.trajectories if not t.is_trainable]
+        # A run whose every turn a check masked is not trained either, and did not fail.
+        failures = [t for t in group.trajectories if not t.outcome.is_trainable or t.reward is None]
         for failure in failures:
             logger.warning("run %s ended as %s: %s", failure.uid, failure.outcome, failure.error)
         self._failures += failures

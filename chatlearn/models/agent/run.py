@@ -13,6 +13,7 @@ from chatlearn.interfaces import Engine
 from chatlearn.models.agent.attempts import Attempts, listen
 from chatlearn.models.agent.node_patterns import matches
 from chatlearn.models.agent.recorder import Recorder
+from chatlearn.rewards.checks import Findings
 from chatlearn.types import Budget, SamplingParams, Session
 
 Result = TypeVar("Result")
@@ -36,6 +37,8 @@ class Run:
     train_orphans: bool = False
     recorder: Recorder = field(default_factory=Recorder)
     attempts: Attempts = field(default_factory=Attempts)
+    findings: Findings = field(default_factory=Findings)
+    """What ``runtime_args.checks`` found."""
     engine_error: EngineError | None = None
     """The first failure of the engine, also when the graph caught it: such a run is not trained."""
     is_over: bool = False
