@@ -2,7 +2,7 @@
 
     tensor       a rank and an engine share a GPU, or all share one machine's memory
     collective   rank 0 broadcasts to every engine at once
-    disk         rank 0 writes files that every engine reads
+    disk         rank 0 writes files that every engine reads; adapters alone always go this way
 
 Whole tensors are gathered from the shards one at a time, so every rank walks through all of them,
 also one that sends nothing.
@@ -10,7 +10,8 @@ also one that sends nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -18,12 +19,12 @@ import torch.distributed as dist
 from chatlearn.config import GrpoConfig
 from chatlearn.interfaces import Weights
 from chatlearn.models.engine.sglang import SGLangEngine
+from chatlearn.models.policy.engine_group import all_of
 from chatlearn.models.policy.optimizer import dtype_of
+from chatlearn.models.policy.weight_buckets import Sent, exhaust
 from chatlearn.models.policy.weight_checksums import expected_checksums
 from chatlearn.models.policy.weights import (
     CollectiveSender,
-    Sent,
-    exhaust,
     send_disk,
     send_tensors,
 )
@@ -79,6 +80,22 @@ class Delivery:
         if self._method == "collective":
             return await self._collective.send(named, mine, copies=self._split, **options)
         return await send_disk(named, mine, folder=self._folder, version=version, **options)
+
+    async def send_adapter(
+        self, save: Callable[[Path], int], targets: Sequence[int], version: int
+    ) -> Sent:
+        """Have the engines ``targets`` sample with the adapter that ``save`` writes to a folder.
+
+        Args:
+            save: called on every rank; rank 0 writes, and knows the bytes.
+
+        Raises ``EngineLost`` or ``EngineError``.
+        """
+        started, folder = time.perf_counter(), self._folder.resolve() / "adapter"
+        size = save(folder)
+        mine = [self._engines[t] for t in targets] if self._rank == 0 else []
+        await all_of([engine.replace_adapter(str(folder), version=version) for engine in mine])
+        return Sent(size if mine else 0, time.perf_counter() - started, len(mine[:1]))
 
     def expected_checksums(self, named: Weights) -> dict[str, str] | None:
         """What the engines' checksums must be, on rank 0; None where they cannot be computed."""

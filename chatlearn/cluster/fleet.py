@@ -18,13 +18,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, Protocol
 
-from chatlearn.config.schema import PolicyConfig
+from chatlearn.config.models import PolicyConfig
 from chatlearn.errors import ChatLearnError, EngineError, EngineLost
 from chatlearn.interfaces import Weights
 from chatlearn.models.engine.pool import EnginePool
 from chatlearn.models.engine.sglang import SGLangEngine
+from chatlearn.models.policy.weight_buckets import Sent
 from chatlearn.models.policy.weight_checksums import require_equal, require_expected
-from chatlearn.models.policy.weights import Sent
 from chatlearn.types import Completion, SamplingParams, Session
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ class SGLangFleet:
         at_hand: Callable[[], AbstractAsyncContextManager[Any]] = nullcontext,
         pauses: bool,
         colocated: bool,
+        sends_adapters: bool = False,
     ) -> None:
         self.pool = EnginePool(
             engines,
@@ -80,6 +81,7 @@ class SGLangFleet:
         self._engines, self._hosts, self._policy = engines, hosts, policy
         self._send, self._expect, self._at_hand = send, expect, at_hand
         self._pauses, self._colocated = pauses, colocated
+        self._sends_adapters = sends_adapters
         self._asleep: set[str] = set()
         self._weights: Weights | None = None
         self._version = 0
@@ -190,10 +192,12 @@ class SGLangFleet:
         started = time.perf_counter()
         if self._pauses:
             await _all(engine.pause(self._policy.pause_mode) for engine in engines)
-        await _all(engine.begin_update() for engine in engines)
+        # an adapter is replaced by one request, which ends what runs with the last one first
+        updated = () if self._sends_adapters else engines
+        await _all(engine.begin_update() for engine in updated)
         async with self._at_hand():
             sent = await self._send(weights, targets, version)
-            await _all(engine.end_update(version=version) for engine in engines)
+            await _all(engine.end_update(version=version) for engine in updated)
             await self._compare(weights, engines)
         if self._pauses:
             await _all(engine.resume() for engine in engines)

@@ -35,7 +35,7 @@ from chatlearn.models.engine.lockstep import Lockstep
 from chatlearn.models.engine.sglang_server import SGLangServer
 from chatlearn.models.policy.loading import eos_token_ids, load_policy, load_tokenizer
 from chatlearn.models.policy.trainer import PolicyTrainer
-from chatlearn.models.policy.weights import Sent
+from chatlearn.models.policy.weight_buckets import Sent
 from chatlearn.types import Budget, SamplingParams, Session, Task, Trajectory
 
 logger = logging.getLogger(__name__)
@@ -131,12 +131,13 @@ class LocalCluster:
             *(cfg.policy_path, type(model).__name__, parameters / 1e6, precision, device),
         )
         self._agents = Agents(cfg, tokenizer, eos)
-        kl = cfg.models.policy_trainer.kl_coef > 0
+        has_reference = cfg.models.policy_trainer.kl_coef > 0 and not cfg.reference_is_base
         self.trainer = PolicyTrainer(
             model,
             tokenizer,
             trainer_settings(cfg, precision),
-            reference=load_policy(cfg.reference_path, **load) if kl else None,
+            reference=load_policy(cfg.reference_path, **load) if has_reference else None,
+            is_shared=cfg.runtime_args.rollout_backend == "embedded",
         )
         loop = asyncio.get_running_loop()
         if cfg.runtime_args.rollout_backend == "sglang":
@@ -181,6 +182,7 @@ class LocalCluster:
             policy,
             pauses=cfg.runtime_args.max_staleness > 0,
             colocated=cfg.is_colocated,
+            sends_adapters=self._sends_adapters,
         )
 
     def _gpus_of_engine(self, index: int) -> tuple[int, ...]:
@@ -193,9 +195,13 @@ class LocalCluster:
         return tuple(range(first, first + split))
 
     async def _send(self, weights: Weights, targets: Sequence[int], version: int) -> Sent:
+        if self._sends_adapters:
+            return await self._delivery.send_adapter(self.trainer.save_adapter, targets, version)
         return await self._delivery.send(self._as_stored(weights), targets, version)
 
     async def _expected_checksums(self, weights: Weights) -> dict[str, str] | None:
+        if self._sends_adapters:
+            weights = self.trainer.base_weights()
         return self._delivery.expected_checksums(self._as_stored(weights))
 
     def _as_stored(self, weights: Weights) -> Weights:
@@ -203,6 +209,10 @@ class LocalCluster:
         other tensors than it stores."""
         for name, tensor in weights:
             yield from revert_weight_conversion(self.trainer.model, {name: tensor}).items()
+
+    @property
+    def _sends_adapters(self) -> bool:
+        return self._cfg.models.policy_trainer.lora_publish == "adapter"
 
     def _running(self) -> AbstractContextManager[None]:
         """Around one agent run: the embedded engine steps when every run waits for it."""

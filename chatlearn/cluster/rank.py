@@ -21,7 +21,7 @@ from chatlearn.cluster.settings import Vocabulary, sglang_engines, trainer_setti
 from chatlearn.config import GrpoConfig
 from chatlearn.models.policy.fsdp import FSDPTrainer
 from chatlearn.models.policy.loading import eos_token_ids, load_tokenizer
-from chatlearn.models.policy.weights import Sent
+from chatlearn.models.policy.weight_buckets import Sent
 from chatlearn.types import MicroBatch, Sample
 
 _TIMEOUT = timedelta(minutes=30)
@@ -73,7 +73,9 @@ class TrainerRank:
             tokenizer,
             trainer_settings(cfg, precision),
             device=device,
-            reference_path=cfg.reference_path if settings.kl_coef > 0 else None,
+            reference_path=(
+                cfg.reference_path if settings.kl_coef > 0 and not cfg.reference_is_base else None
+            ),
             trust_remote_code=settings.trust_remote_code,
             offload_reference=cfg.models.ref_policy.free_gpu_memory.offload_weights,
         )
@@ -115,10 +117,15 @@ class TrainerRank:
 
     def send(self, targets: Sequence[int], version: int) -> Sent:
         """This rank's part in bringing the current weights to the engines ``targets``."""
+        if self._sends_adapters:
+            sending = self._delivery.send_adapter(self._trainer.save_adapter, targets, version)
+            return self._run(sending)
         return self._run(self._delivery.send(self._trainer.full_weights(), targets, version))
 
     def expected_checksums(self) -> dict[str, str] | None:
         """See ``Delivery.expected_checksums``; of rank 0."""
+        if self._sends_adapters:
+            return self._delivery.expected_checksums(self._trainer.base_weights())
         return self._delivery.expected_checksums(self._trainer.full_weights())
 
     def offload(self, *, weights: bool = False, rest: bool = False) -> None:
@@ -134,6 +141,10 @@ class TrainerRank:
     def onload(self, *, weights: bool = False, rest: bool = False) -> None:
         """Undo ``offload``."""
         self._trainer.onload(weights=weights, gradients=rest, optimizer=rest)
+
+    @property
+    def _sends_adapters(self) -> bool:
+        return self._cfg.models.policy_trainer.lora_publish == "adapter"
 
     def _run(self, call: Coroutine[Any, Any, Result]) -> Result:
         return self._loop.run_until_complete(call)

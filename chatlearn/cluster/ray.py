@@ -48,7 +48,7 @@ from chatlearn.cluster.ray_place import RaySession
 from chatlearn.cluster.settings import server_settings, sglang_engines
 from chatlearn.config import GrpoConfig
 from chatlearn.errors import ConfigError, EngineError, EngineLost
-from chatlearn.models.policy.weights import Sent
+from chatlearn.models.policy.weight_buckets import Sent
 from chatlearn.types import Budget, Outcome, SamplingParams, Session, Task, Trajectory
 
 logger = logging.getLogger(__name__)
@@ -201,6 +201,7 @@ class RayCluster:
             at_hand=self._weights_loaded if cfg.is_colocated else nullcontext,
             pauses=cfg.runtime_args.max_staleness > 0,
             colocated=cfg.is_colocated,
+            sends_adapters=cfg.models.policy_trainer.lora_publish == "adapter",
         )
         self._load = (cfg, urls, vocabulary, cfg.models.rollout_manager.num_worker)
         await self._load_workers()

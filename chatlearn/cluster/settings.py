@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from chatlearn.config import GrpoConfig
 from chatlearn.models.engine.sglang import SGLangEngine
 from chatlearn.models.engine.sglang_server import ServerSettings
+from chatlearn.models.policy.lora import Lora
 from chatlearn.models.policy.trainer import TrainerSettings
+
+_ADAPTER = "policy"
+"""SGLang's name for the adapter that it samples with, whatever its version."""
+_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""What ``all-linear`` is in the models that SGLang serves adapters of."""
 
 
 def trainer_settings(cfg: GrpoConfig, precision: str) -> TrainerSettings:
@@ -38,7 +44,20 @@ def trainer_settings(cfg: GrpoConfig, precision: str) -> TrainerSettings:
         gradient_checkpointing=trainer.gradient_checkpointing,
         precision=precision,
         attention=trainer.attention,
+        lora=_lora(cfg),
         tree_packing=trainer.tree_packing,
+    )
+
+
+def _lora(cfg: GrpoConfig) -> Lora | None:
+    trainer = cfg.models.policy_trainer
+    if not trainer.lora_rank:
+        return None
+    return Lora(
+        rank=trainer.lora_rank,
+        alpha=trainer.lora_alpha,
+        target_modules=trainer.lora_target_modules,
+        seed=cfg.runtime_args.seed,
     )
 
 
@@ -63,8 +82,24 @@ def server_settings(cfg: GrpoConfig, *, gpu_ids: tuple[int, ...] = ()) -> Server
         rl_on_policy_target=policy.rl_on_policy_target,
         seed=cfg.runtime_args.seed,
         cpu_threads=policy.cpu_per_process,
-        extra_args=policy.sglang_args,
+        extra_args={**_adapter_args(cfg, device), **policy.sglang_args},
     )
+
+
+def _adapter_args(cfg: GrpoConfig, device: str) -> dict[str, Any]:
+    """Flags of a server that is sent adapters."""
+    trainer = cfg.models.policy_trainer
+    if trainer.lora_publish != "adapter":
+        return {}
+    targets = trainer.lora_target_modules
+    names = [t.rpartition(".")[2] for t in targets] if isinstance(targets, tuple) else _LINEAR
+    return {
+        "enable_lora": True,
+        "max_lora_rank": trainer.lora_rank,
+        "lora_target_modules": sorted(set(names)),
+        "max_loras_per_batch": 2,  # and the base alone, for requests that ask after its health
+        "lora_backend": "torch_native" if device == "cpu" else None,
+    }
 
 
 class Vocabulary(NamedTuple):
@@ -86,6 +121,7 @@ def sglang_engines(
             vocab_size=vocabulary.size,
             max_context=cfg.max_context,
             deterministic=cfg.models.policy.deterministic,
+            adapter=_ADAPTER if cfg.models.policy_trainer.lora_publish == "adapter" else None,
         )
         for url in urls
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import date
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -78,6 +78,7 @@ FolderName = Annotated[str, AfterValidator(_folder_name)]
 Temperature = Annotated[float, AfterValidator(_explores)]
 FileList = Annotated[str, AfterValidator(_file_list)]
 Day = Annotated[str, BeforeValidator(_iso_date)]
+Layers = Annotated[tuple[Name, ...], Field(strict=False)] | Literal["all-linear"]
 Scalar = bool | int | float | str
 
 

@@ -48,7 +48,7 @@ def estimate_memory(cfg: GrpoConfig, *, machines: int = 1) -> str:
 
 def _one_process(cfg: GrpoConfig, parameters: int, shape: Mapping[str, Any]) -> list[str]:
     """Trainer and embedded engine on one device, sharing the weights."""
-    held = dict(_held(cfg, parameters))
+    held = dict(_held(cfg, parameters, shape))
     cache, activations = _kv_cache(cfg, shape), _activations(cfg, shape)
     total = sum(held.values()) + max(cache, activations)
     in_turn = f"and in turn KV cache {_gib(cache)}, activations {_gib(activations)}"
@@ -60,7 +60,7 @@ def _apart(
 ) -> list[str]:
     """A trainer process, an SGLang engine, and what waits on the CPU while engines sample."""
     trainer, on_ray = cfg.models.policy_trainer, cfg.runtime_args.cluster == "ray"
-    held = dict(_sharded(cfg, parameters) if on_ray else _held(cfg, parameters))
+    held = dict((_sharded if on_ray else _held)(cfg, parameters, shape))
     step = {"activations": _activations(cfg, shape)}
     if on_ray:
         step["gathered weights"] = _number(cfg) * _gathered(parameters, shape)
@@ -121,27 +121,58 @@ def _model_shape(folder: Path) -> Mapping[str, Any]:
     return config.get("text_config", config)
 
 
-def _held(cfg: GrpoConfig, parameters: int) -> Iterator[tuple[str, int]]:
+def _held(cfg: GrpoConfig, parameters: int, shape: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Name and bytes of what stays for the whole run."""
-    half = _number(cfg) == 2
+    adapters = _adapters(cfg, shape)
+    trained, half = adapters or parameters, _number(cfg) == 2 and not adapters
     yield "weights", _number(cfg) * parameters
+    if adapters:
+        yield "adapters", 4 * adapters
     # Gradients of bf16 parameters are summed into fp32 ones.
-    yield "gradients", (6 if half else 4) * parameters
-    yield "AdamW moments", 8 * parameters
+    yield "gradients", (6 if half else 4) * trained
+    yield "AdamW moments", 8 * trained
     if half:
-        yield "fp32 masters", 4 * parameters
-    if cfg.models.policy_trainer.kl_coef:
+        yield "fp32 masters", 4 * trained
+    if _has_reference(cfg):
         yield "reference", _number(cfg) * parameters
 
 
-def _sharded(cfg: GrpoConfig, parameters: int) -> Iterator[tuple[str, int]]:
-    """Name and bytes of what one FSDP2 rank holds between steps: everything in fp32, divided."""
-    share = ceil(parameters / cfg.models.policy_trainer.num_rank)
-    yield "weights", 4 * share
-    yield "gradients", 4 * share
-    yield "AdamW moments", 8 * share
-    if cfg.models.policy_trainer.kl_coef:
+def _sharded(
+    cfg: GrpoConfig, parameters: int, shape: Mapping[str, Any]
+) -> Iterator[tuple[str, int]]:
+    """Name and bytes of what one FSDP2 rank holds between steps, divided: what is trained in fp32,
+    what is frozen in ``precision``."""
+    ranks, adapters = cfg.models.policy_trainer.num_rank, _adapters(cfg, shape)
+    share, trained = ceil(parameters / ranks), ceil((adapters or parameters) / ranks)
+    yield "weights", (_number(cfg) if adapters else 4) * share
+    if adapters:
+        yield "adapters", 4 * trained
+    yield "gradients", 4 * trained
+    yield "AdamW moments", 8 * trained
+    if _has_reference(cfg):
         yield "reference", _number(cfg) * share
+
+
+def _has_reference(cfg: GrpoConfig) -> bool:
+    return bool(cfg.models.policy_trainer.kl_coef) and not cfg.reference_is_base
+
+
+def _adapters(cfg: GrpoConfig, shape: Mapping[str, Any]) -> int:
+    """Numbers in the LoRA adapters, 0 without LoRA: a rank's worth of each side of a layer."""
+    trainer, hidden = cfg.models.policy_trainer, shape["hidden_size"]
+    if not trainer.lora_rank:
+        return 0
+    heads = shape["num_attention_heads"]
+    head_size = shape.get("head_dim") or hidden // heads
+    keys = (shape.get("num_key_value_heads") or heads) * head_size
+    inner = shape.get("intermediate_size") or 4 * hidden
+    other = {"q_proj": heads * head_size, "o_proj": heads * head_size}
+    other |= {"k_proj": keys, "v_proj": keys}
+    other |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), inner)
+    targets = trainer.lora_target_modules
+    wanted = [t.rpartition(".")[2] for t in targets] if isinstance(targets, tuple) else other
+    sides = sum(hidden + other.get(name, hidden) for name in wanted)
+    return trainer.lora_rank * sides * shape["num_hidden_layers"]
 
 
 def _gathered(parameters: int, shape: Mapping[str, Any]) -> int:

@@ -43,8 +43,19 @@ def _run(cfg: GrpoConfig) -> Iterator[Line]:
     yield "run", f"{run.exp_name}: {run.num_episode:,} episodes, into {run.output_dir}"
     reference = "no reference"
     if trainer.kl_coef:
-        reference = f"reference {cfg.reference_path} (kl_coef {trainer.kl_coef:g})"
+        where = cfg.reference_path
+        if cfg.reference_is_base:
+            where = "is the model without its adapters, no second one in memory"
+        reference = f"reference {where} (kl_coef {trainer.kl_coef:g})"
     yield "model", f"{trainer.load}; {reference}"
+    if trainer.lora_rank:
+        targets = trainer.lora_target_modules
+        layers = targets if isinstance(targets, str) else ", ".join(targets)
+        yield (
+            "",
+            f"LoRA of rank {trainer.lora_rank}, alpha {trainer.lora_alpha:g}, on {layers}: only "
+            "the adapters are trained",
+        )
     yield "your code", ", ".join(run.import_modules) or "none imported: only the built-in agents"
 
 
@@ -156,6 +167,8 @@ def _publish(cfg: GrpoConfig) -> str:
     checks = {0: "none", 1: "all"}.get(
         policy.check_weights_interval, f"the first and one in {policy.check_weights_interval}"
     )
+    if cfg.models.policy_trainer.lora_publish == "adapter":
+        return "the adapters alone, in files that the engines read"
     return (
         f"{cfg.publish_method}{chosen}: {ways[cfg.publish_method]}, in pieces of "
         f"{policy.publish_bucket_mb:,} MiB; {checks} checked"
@@ -268,6 +281,11 @@ def _safety(cfg: GrpoConfig) -> Iterator[Line]:
         f"an agent run ends after {run.agent_timeout_s:g} s; the training stops when more than "
         f"{run.max_failed_fraction:.0%} of an episode's rollouts fail",
     )
+    for i, check in enumerate(run.checks):
+        acts = {"mask": "a turn is masked", "reward": f"a run earns {check.reward:g}"}
+        ends = f"a run ends and earns {check.reward:g}"
+        what = f"{check.name}: from severity {check.threshold:g} on {acts.get(check.action, ends)}"
+        yield "" if i else "checks", what
     if run.rollout_backend == "sglang":
         times = _count(cfg.models.policy.max_engine_restarts, "time")
         yield "", f"an engine that dies is started again, at most {times}; its calls go elsewhere"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from chatlearn.config.lora_rules import lora_conflicts
+
 if TYPE_CHECKING:
     from chatlearn.config.schema import GrpoConfig
 
@@ -26,7 +28,8 @@ class Conflict(NamedTuple):
 def conflicts(cfg: GrpoConfig) -> list[Conflict]:
     """Everything in ``cfg`` that cannot be true at once, whatever each key says alone."""
     rules = (_devices, _batches, _lengths, _models, _colocation, _companions, _losses, _weights)
-    return [conflict for rule in rules for conflict in rule(cfg)]
+    found = [conflict for rule in rules for conflict in rule(cfg)]
+    return found + [Conflict(*refused) for refused in lora_conflicts(cfg)]
 
 
 def _devices(cfg: GrpoConfig) -> Iterator[Conflict]:

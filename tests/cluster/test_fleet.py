@@ -7,9 +7,9 @@ import asyncio
 import pytest
 
 from chatlearn.cluster.fleet import SGLangFleet
-from chatlearn.config.schema import PolicyConfig
+from chatlearn.config.models import PolicyConfig
 from chatlearn.errors import EngineError, EngineLost
-from chatlearn.models.policy.weights import Sent
+from chatlearn.models.policy.weight_buckets import Sent
 
 
 class Server:

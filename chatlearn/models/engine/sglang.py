@@ -72,6 +72,8 @@ class SGLangEngine:
         deterministic: the server runs SGLang's deterministic inference, so seeds count.
         vocab_size: tokens of the model. A token id beyond it *kills* the server (on a CPU, and by
             an assertion on a GPU), so give it wherever prompts are not the tokenizer's own.
+        adapter: name of the LoRA adapter to sample with; None = without one. The server has it
+            after the first ``replace_adapter``.
     """
 
     def __init__(
@@ -83,11 +85,12 @@ class SGLangEngine:
         request_timeout_s: float = 3600.0,
         deterministic: bool = False,
         vocab_size: int | None = None,
+        adapter: str | None = None,
     ) -> None:
         self.url = url.rstrip("/")
         self._server = SGLangHttp(self.url, on_lost=self.restarted)
         self._eos = sorted(eos_token_ids)
-        self._max_context, self._vocab = max_context, vocab_size
+        self._max_context, self._vocab, self._adapter = max_context, vocab_size, adapter
         self._timeout_s, self._deterministic = request_timeout_s, deterministic
         self._flights: dict[str, _Flight] = {}
         self._background: set[asyncio.Task[None]] = set()
@@ -276,6 +279,21 @@ class SGLangEngine:
         body = {"model_path": str(path), "weight_version": str(version), "flush_cache": False}
         await self._server.ask("/update_weights_from_disk", body)
 
+    async def replace_adapter(self, path: str, *, version: int) -> None:
+        """Sample with the adapter in a folder of ``peft``'s format that the server can read, named
+        ``version``. Takes the place of an update; waits for requests that run with the last one.
+
+        The base stays as the server was started. Prefix caches are kept by adapter, so none is of
+        the last one.
+        """
+        if await self.version() is not None:
+            await self._server.ask("/unload_lora_adapter", {"lora_name": self._adapter})
+        body = {"lora_name": self._adapter, "lora_path": path, "pinned": True}
+        await self._server.ask("/load_lora_adapter", body)
+        body = {"new_version": str(version), "abort_all_requests": False}
+        await self._server.ask("/update_weight_version", body)
+        self._label = str(version)
+
     async def join_group(
         self,
         *,
@@ -302,12 +320,13 @@ class SGLangEngine:
 
     async def checksums(self) -> dict[str, str]:
         """Hash of every parameter as the server holds it: fused, padded, in its dtype. With tensor
-        parallelism the names begin with the rank: ``1/model.norm.weight``."""
+        parallelism the names begin with the rank: ``1/model.norm.weight``. Of a layer that has
+        adapters, the base."""
         ranks = (await self._server.ask("/weights_checker", {"action": "checksum"}))["ranks"]
         if len(ranks) == 1:
-            return dict(ranks[0]["checksums"])
+            return {_plain(name): value for name, value in ranks[0]["checksums"].items()}
         return {
-            f"{index}/{name}": value
+            f"{index}/{_plain(name)}": value
             for index, rank in enumerate(ranks)
             for name, value in rank["checksums"].items()
         }
@@ -362,7 +381,8 @@ class SGLangEngine:
             params["stop_regex"] = [_window(sampling.stop)]
         if self._deterministic:
             params["sampling_seed"] = sampling.seed % 2**63
-        return {
+        adapter = {"lora_path": self._adapter} if self._adapter else {}
+        return adapter | {
             "input_ids": prompt,
             "sampling_params": params,
             "return_logprob": True,
@@ -449,6 +469,11 @@ def _was_aborted(meta: dict[str, Any]) -> bool:
 def _number(label: str) -> int | None:
     """A version, from SGLang's text; None for the weights a server was started with."""
     return int(label) if label.isdecimal() else None
+
+
+def _plain(name: str) -> str:
+    """The name of a parameter in a server without LoRA."""
+    return name.replace(".base_layer.", ".")
 
 
 def _window(stop: Sequence[str]) -> str:

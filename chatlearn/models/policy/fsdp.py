@@ -22,6 +22,15 @@ from transformers.core_model_loading import revert_weight_conversion
 from chatlearn.errors import TrainerError
 from chatlearn.models.policy.attention_kernels import find_planner
 from chatlearn.models.policy.hf_export import write_hf
+from chatlearn.models.policy.lora import (
+    Base,
+    BaseForward,
+    Lora,
+    adapter_weights,
+    base_parameters,
+    merged_weights,
+    save_adapter,
+)
 from chatlearn.models.policy.offload import Offloadable
 from chatlearn.models.policy.optimizer import dtype_of, local
 from chatlearn.models.policy.ranks import World
@@ -34,7 +43,7 @@ from chatlearn.models.policy.sharded import (
     reshard,
 )
 from chatlearn.models.policy.sharded_checkpoint import load_sharded_state, save_sharded
-from chatlearn.models.policy.step import BaseTrainer
+from chatlearn.models.policy.step import BaseTrainer, Forward
 from chatlearn.models.policy.token_logprobs import PolicyForward
 from chatlearn.types import MicroBatch, Sample
 
@@ -44,14 +53,16 @@ class FSDPTrainer(BaseTrainer):
     for CUDA (``cpu:gloo,cuda:nccl``).
 
     The shards are fp32 and are the masters. With ``precision`` bf16 they are rounded where they are
-    gathered, so that a forward computes what the engine computes with.
+    gathered, so that a forward computes what the engine computes with. With LoRA that is so of the
+    adapters; the frozen rest is held in ``precision``.
 
     Args:
         path: model folder, ``.gguf`` file or hub id; see ``load_policy``.
         tokenizer: written beside the model in ``save``; may be None.
         settings: see ``TrainerSettings``.
         device: of this rank.
-        reference_path: of the frozen model; needed where ``kl_coef`` > 0, else not loaded.
+        reference_path: of the frozen model; needed where ``kl_coef`` > 0, else not loaded. None
+            with LoRA: it is the policy without its adapters.
         trust_remote_code: run code that the folders bring.
         offload_reference: hold the reference on the CPU except while it scores.
 
@@ -70,7 +81,7 @@ class FSDPTrainer(BaseTrainer):
         trust_remote_code: bool = False,
         offload_reference: bool = False,
     ) -> None:
-        if settings.kl_coef > 0 and reference_path is None:
+        if settings.kl_coef > 0 and reference_path is None and settings.lora is None:
             raise TrainerError("kl_coef is above 0 but no reference model was given.")
         device = torch.device(device)
         if device.type == "cuda":
@@ -80,23 +91,29 @@ class FSDPTrainer(BaseTrainer):
         self._compute = dtype_of(settings.precision)
         self._trust_remote_code = trust_remote_code
         self._mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        self._root = self._load(path, device, torch.float32)
-        reference, self._frozen = None, None
-        if reference_path is not None and settings.kl_coef > 0:
+        held = torch.float32 if settings.lora is None else self._compute
+        self._root = self._load(path, device, held, settings.lora)
+        policy = self._forward(self._root, settings, device)
+        reference: Forward | None = None
+        self._frozen: Offloadable | None = None
+        if settings.kl_coef > 0 and reference_path is None:
+            reference = BaseForward(policy)
+        elif reference_path is not None and settings.kl_coef > 0:
             frozen = self._load(reference_path, device, self._compute)
             frozen.requires_grad_(False)
             reference = self._forward(frozen, settings, device)
             if offload_reference:
                 self._frozen = Offloadable(lambda: map(local, frozen.parameters()))
         super().__init__(
-            self._forward(self._root, settings, device),
+            policy,
             settings,
             reference=reference,
             ranks=self._world,
             device=device,
         )
+        self._base = settings.lora and Base.of(self.model, settings.lora, self._world)
         self._parts = {
-            "weights": Offloadable(lambda: self._optimizer.masters),
+            "weights": Offloadable(lambda: map(local, self.model.parameters())),
             "gradients": Offloadable(
                 lambda: [m.grad for m in self._optimizer.masters if m.grad is not None]
             ),
@@ -118,7 +135,7 @@ class FSDPTrainer(BaseTrainer):
     @torch.no_grad()
     def full_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter whole, one at a time, on the device, under its name in the model's files;
-        a tied one once.
+        a tied one once. With LoRA the merged ones.
 
         A collective: every rank iterates to the end, even one that needs nothing of it.
 
@@ -126,9 +143,7 @@ class FSDPTrainer(BaseTrainer):
             dtype: None is the one of ``precision``, which the forward computes with.
         """
         self._require("weights")
-        for name, parameter in self.model.named_parameters():
-            assert isinstance(parameter, DTensor), f"{name} is not in shards"
-            whole = parameter.detach().to(dtype or self._compute).full_tensor()
+        for name, whole in self._whole(dtype or self._compute):
             # of a mixture of experts transformers computes with other tensors than it stores
             yield from revert_weight_conversion(self.model, {name: whole}).items()
 
@@ -136,7 +151,9 @@ class FSDPTrainer(BaseTrainer):
         """Write ``folder/hf`` (loads with ``from_pretrained``) and ``folder/state``.
 
         ``hf`` is written by rank 0, in the dtype of ``precision``; ``state`` by all ranks, to a
-        folder that all of them see. Returns when both are whole. Raises CheckpointError.
+        folder that all of them see. With LoRA ``hf`` is the merged model, ``state`` is of the
+        adapters only, and ``folder/adapter`` is what ``peft`` loads. Returns when all are whole.
+        Raises CheckpointError.
         """
         self._require("weights", "optimizer")
         with self._world.together():
@@ -148,7 +165,32 @@ class FSDPTrainer(BaseTrainer):
                 self.tokenizer,
                 write=self._world.rank == 0,
             )
+        if self.settings.lora is not None:
+            self.save_adapter(folder / "adapter")
         save_sharded(folder / "state", self._optimizer, self.updates, self._world, self.device)
+        with self._world.together():
+            if self._base is not None and self._world.rank == 0:
+                self._base.write(folder / "state")
+
+    def save_adapter(self, folder: Path) -> int:
+        """Write the adapters, on rank 0, as ``peft`` loads them; how many bytes it wrote.
+
+        A collective. Raises CheckpointError.
+        """
+        assert self.settings.lora is not None
+        self._require("weights")
+        weights = dict(adapter_weights(self.model, _gathered))
+        with self._world.together():
+            if self._world.rank == 0:
+                return save_adapter(folder, weights, self.model, self.settings.lora)
+        return 0
+
+    @torch.no_grad()
+    def base_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """As ``full_weights``, without the adapters."""
+        self._require("weights")
+        for name, parameter in base_parameters(self.model).items():
+            yield name, _gathered(parameter)
 
     async def restore(self, folder: Path) -> None:
         """Continue from what ``save`` wrote, with as many ranks or another number of them.
@@ -156,6 +198,9 @@ class FSDPTrainer(BaseTrainer):
         With as many ranks, and on a CPU, to the same bits. Raises CheckpointError.
         """
         self._require("weights", "optimizer")
+        with self._world.together():
+            if self._base is not None:
+                self._base.require(folder / "state")
         self.updates = load_sharded_state(
             folder / "state", self._optimizer, self._world, self.device
         )
@@ -178,7 +223,9 @@ class FSDPTrainer(BaseTrainer):
             if wanted:
                 self._parts[name].onload()
 
-    def _load(self, path: str | Path, device: torch.device, dtype: torch.dtype) -> Root:
+    def _load(
+        self, path: str | Path, device: torch.device, dtype: torch.dtype, lora: Lora | None = None
+    ) -> Root:
         return load_sharded(
             path,
             mesh=self._mesh,
@@ -187,6 +234,7 @@ class FSDPTrainer(BaseTrainer):
             dtype=dtype,
             compute=self._compute,
             trust_remote_code=self._trust_remote_code,
+            lora=lora,
         )
 
     def _forward(
@@ -206,6 +254,15 @@ class FSDPTrainer(BaseTrainer):
         finally:
             self._frozen.offload()
 
+    def _whole(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter in ``dtype``, gathered; a collective."""
+        if self.settings.lora is not None:
+            for name, weight in merged_weights(self.model, _gathered):
+                yield name, weight.to(dtype)
+            return
+        for name, parameter in self.model.named_parameters():
+            yield name, _gathered(parameter.to(dtype))
+
     def _exported(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self.full_weights()
         yield from persistent_buffers(self.model).items()
@@ -220,3 +277,9 @@ class FSDPTrainer(BaseTrainer):
     @staticmethod
     def _named(weights: bool, gradients: bool, optimizer: bool) -> list[tuple[str, bool]]:
         return [("weights", weights), ("gradients", gradients), ("optimizer", optimizer)]
+
+
+def _gathered(parameter: torch.Tensor) -> torch.Tensor:
+    """All of a parameter of which every rank holds a part; a collective."""
+    assert isinstance(parameter, DTensor), "a parameter is not in shards"
+    return parameter.detach().full_tensor()

@@ -8,6 +8,7 @@ from chatlearn.algorithm.losses import Bounds
 from chatlearn.algorithm.objective import Objective
 from chatlearn.errors import TrainerError
 from chatlearn.models.policy.attention_kernels import ATTENTIONS
+from chatlearn.models.policy.lora import Lora
 from chatlearn.models.policy.optimizer import Schedule, dtype_of
 
 
@@ -50,6 +51,8 @@ class TrainerSettings:
     """Compute what samples begin with together once, where the model can."""
     attention: str = "auto"
     """flash, flex or sdpa; auto takes the first that the machine has, see ``find_planner``."""
+    lora: Lora | None = None
+    """Train only adapters beside a frozen model; None = train all parameters."""
 
     def __post_init__(self) -> None:
         dtype_of(self.precision)

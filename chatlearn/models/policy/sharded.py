@@ -33,6 +33,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from chatlearn.errors import TrainerError
 from chatlearn.models.policy.attention import Plan
 from chatlearn.models.policy.loading import load_policy, require_causal, source
+from chatlearn.models.policy.lora import Lora, base_parameters, initialise, inject
 from chatlearn.models.policy.optimizer import local
 from chatlearn.models.policy.ranks import World
 from chatlearn.models.policy.token_logprobs import PolicyForward, TokenLogprobs
@@ -110,6 +111,7 @@ def load_sharded(
     dtype: torch.dtype,
     compute: torch.dtype,
     trust_remote_code: bool = False,
+    lora: Lora | None = None,
 ) -> Root:
     """Load a causal LM in shards over all ranks, every weight from the file, none invented.
 
@@ -119,13 +121,16 @@ def load_sharded(
         device: of this rank.
         dtype: shards are held in.
         compute: gathered parameters and activations; gradients are reduced in fp32.
+        lora: put adapters into it, in fp32, and freeze the rest.
 
     Raises:
-        TrainerError: as ``load_policy``; every rank raises the same.
+        TrainerError: as ``load_policy``, and of ``lora`` as ``inject``; every rank raises the same.
     """
     with ranks.together():
         model = _skeleton(path, dtype, trust_remote_code)
-    root = _shard(Root(model), mesh, dtype, compute)
+        if lora is not None:
+            inject(model, lora)
+    root = _shard(Root(model), mesh, compute)
     kept = {name: buffer.clone() for name, buffer in root.named_buffers()}
     root.to_empty(device=device)
     with torch.no_grad():
@@ -139,6 +144,12 @@ def load_sharded(
     else:
         _log.info("%s cannot be read in shards: rank 0 loads it whole and sends it round.", path)
         _receive(path, model, device, ranks, trust_remote_code)
+    if lora is not None:
+        initialise(
+            model,
+            lora.seed,
+            lambda parameter, value: local(parameter).copy_(value[_rows(parameter, ranks)]),
+        )
     model.eval()
     return root
 
@@ -183,10 +194,10 @@ def _skeleton(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> 
     return model
 
 
-def _shard(root: Root, mesh: DeviceMesh, dtype: torch.dtype, compute: torch.dtype) -> Root:
+def _shard(root: Root, mesh: DeviceMesh, compute: torch.dtype) -> Root:
     """Cut every layer's parameters, then what is left, over the ranks of ``mesh``."""
     policy = MixedPrecisionPolicy()
-    if compute != dtype:
+    if any(parameter.dtype != compute for parameter in root.parameters()):
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     layers = [m for m in root.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
@@ -227,7 +238,7 @@ def _files(path: str | Path, model: PreTrainedModel) -> dict[str, Path] | None:
                 held = dict.fromkeys(file.keys(), folder / _SINGLE)
         else:
             return None
-        wanted = dict(model.named_parameters()) | persistent_buffers(model)
+        wanted = base_parameters(model) | persistent_buffers(model)
         if not wanted.keys() <= held.keys():
             return None
         files = {name: held[name] for name in wanted}
@@ -274,7 +285,7 @@ def _rows(parameter: torch.Tensor, ranks: World) -> slice:
 @torch.no_grad()
 def _read_own_rows(files: Mapping[str, Path], model: PreTrainedModel, ranks: World) -> None:
     """Fill this rank's shards. Raises TrainerError for a damaged file."""
-    parameters, buffers = dict(model.named_parameters()), persistent_buffers(model)
+    parameters, buffers = base_parameters(model), persistent_buffers(model)
     for file, names in _by_file(files).items():
         try:
             with safe_open(file, framework="pt") as opened:
@@ -299,7 +310,7 @@ def _receive(
 ) -> None:
     """Fill this rank's shards from a whole model on rank 0, one parameter at a time."""
     whole: dict[str, torch.Tensor] = {}
-    own = dict(model.named_parameters()) | persistent_buffers(model)
+    own = base_parameters(model) | persistent_buffers(model)
     with ranks.together():
         if ranks.rank == 0:
             loaded = load_policy(path, precision="fp32", trust_remote_code=trust_remote_code)
@@ -310,7 +321,7 @@ def _receive(
                     f"{path} cannot be trained in shards: its weights do not become the parameters "
                     f"of {type(model).__name__}, {odd[0]!r} for one. Save it as plain safetensors."
                 )
-    parameters = dict(model.named_parameters())
+    parameters = base_parameters(model)
     for name, target in own.items():
         full = torch.empty(target.shape, dtype=torch.float32, device=device)
         if ranks.rank == 0:
