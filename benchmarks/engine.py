@@ -1,6 +1,7 @@
-"""Tokens per second of the embedded engine beside the two ways transformers has to sample.
+"""Tokens per second of the embedded engine beside transformers' two ways to sample, and SGLang.
 
-    python benchmarks/engine.py                    # a 3M-parameter Qwen3, fp32, about two minutes
+    python benchmarks/engine.py                    # a 3M-parameter Qwen3, fp32, about three minutes
+    SGLANG_PYTHON=... python benchmarks/engine.py  # with SGLang; tests/sglang_env.sh makes one
     python benchmarks/engine.py --model DIR --dtype bfloat16
 
 Each cell is the best and, in brackets, the median of repeats that fill ``--seconds``; the engines
@@ -8,6 +9,11 @@ take turns in both directions, so that a change of the machine's load does not f
 Every repeat is a burst of requests awaited together, prompts included. ``generate`` gets the whole
 burst as one rectangular batch and returns no logprobs; the other two serve requests one by one, as
 agents make them, with the logprob of every token. Counted are new tokens.
+
+SGLang is a server of this machine with the same weights, dtype and threads, asked over HTTP by
+``SGLangEngine`` as a run asks it; its prefix cache is off, because each burst repeats the prompts.
+It is stopped (SIGSTOP) while it is not its turn. On PyPI it has no kernels for CPUs, so it computes
+with PyTorch's: this says nothing of SGLang on a GPU, or on a CPU with ``sgl-kernel-cpu``.
 """
 
 from __future__ import annotations
@@ -16,41 +22,44 @@ import argparse
 import asyncio
 import logging
 import os
+import signal
 import statistics
+import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # shared cores: do not spin
-
+import psutil
 import torch
+from sides import loads, random_qwen3
 from transformers import (
     AutoModelForCausalLM,
     ContinuousBatchingConfig,
     GenerationConfig,
     PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
+from chatlearn.interfaces import Engine
 from chatlearn.models.engine.embedded import EmbeddedEngine
+from chatlearn.models.engine.sglang import SGLangEngine
+from chatlearn.models.engine.sglang_server import ServerSettings, SGLangServer
 from chatlearn.types import SamplingParams, Session
 
 PROMPT = NEW = 64
+SGLANG_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 Burst = Callable[[list[list[int]]], Awaitable[int]]
 """Samples NEW tokens after each prompt and returns how many it got in all."""
 
 
-@contextmanager
-def ours(model: PreTrainedModel) -> Iterator[Burst]:
-    engine = EmbeddedEngine(model, eos_token_ids=(), max_slots=64, max_context=PROMPT + NEW)
+def bursts_of(engine: Engine) -> Burst:
+    """Requests one by one, with a group of its own for each prompt, so that none is reused."""
     bursts = 0
 
     async def burst(prompts: list[list[int]]) -> int:
         nonlocal bursts
-        bursts += 1  # a group of its own each time and for each prompt: nothing is reused
+        bursts += 1
         asks = [
             engine.generate(
                 prompt,
@@ -61,11 +70,16 @@ def ours(model: PreTrainedModel) -> Iterator[Burst]:
         ]
         return sum(len(done.token_ids) for done in await asyncio.gather(*asks))
 
-    yield burst
+    return burst
 
 
-@contextmanager
-def generate(model: PreTrainedModel) -> Iterator[Burst]:
+@asynccontextmanager
+async def ours(model: PreTrainedModel) -> AsyncIterator[Burst]:
+    yield bursts_of(EmbeddedEngine(model, eos_token_ids=(), max_slots=64, max_context=PROMPT + NEW))
+
+
+@asynccontextmanager
+async def generate(model: PreTrainedModel) -> AsyncIterator[Burst]:
     async def burst(prompts: list[list[int]]) -> int:
         ids = torch.tensor(prompts, device=model.device)
         found = model.generate(
@@ -82,8 +96,8 @@ def generate(model: PreTrainedModel) -> Iterator[Burst]:
     yield burst
 
 
-@contextmanager
-def continuous_batching(model: PreTrainedModel) -> Iterator[Burst]:
+@asynccontextmanager
+async def continuous_batching(model: PreTrainedModel) -> AsyncIterator[Burst]:
     """transformers' own. Temperature 1 and no other processor: a top_k of 0 would mean greedy."""
     manager = model.init_continuous_batching(
         generation_config=GenerationConfig(
@@ -124,35 +138,63 @@ def continuous_batching(model: PreTrainedModel) -> Iterator[Burst]:
         manager.destroy()
 
 
-ENGINES: dict[str, Callable[[PreTrainedModel], AbstractContextManager[Burst]]] = {
+@asynccontextmanager
+async def served(server: SGLangServer, model: PreTrainedModel) -> AsyncIterator[Burst]:
+    """SGLang, which runs only in the block."""
+    engine = SGLangEngine(server.url, eos_token_ids=(), max_context=PROMPT + NEW)
+    tell(server, signal.SIGCONT)
+    try:
+        yield bursts_of(engine)
+    finally:
+        await engine.close()
+        tell(server, signal.SIGSTOP)
+
+
+def tell(server: SGLangServer, what: signal.Signals) -> None:
+    """Send a signal to every process of ``server``."""
+    root = psutil.Process(server.pid)
+    for process in (root, *root.children(recursive=True)):
+        process.send_signal(what)
+
+
+@asynccontextmanager
+async def sglang(model: PreTrainedModel, python: str, folder: Path) -> AsyncIterator[SGLangServer]:
+    """A server of ``model``, stopped until it is used."""
+    model.save_pretrained(folder / "model")
+    settings = ServerSettings(
+        model_path=str(folder / "model"),
+        python=python,
+        device="cpu",
+        dtype=SGLANG_DTYPES[model.dtype],
+        context_length=PROMPT + NEW,
+        max_running_requests=64,
+        cpu_threads=torch.get_num_threads(),
+        extra_args={"skip_tokenizer_init": True, "disable_radix_cache": True},
+    )
+    server = SGLangServer(settings, log_file=folder / "server.log")
+    await server.start(timeout_s=300)
+    tell(server, signal.SIGSTOP)
+    try:
+        yield server
+    finally:
+        tell(server, signal.SIGCONT)
+        await server.stop()
+
+
+Side = Callable[[PreTrainedModel], AbstractAsyncContextManager[Burst]]
+ENGINES: dict[str, Side] = {
     "embedded engine": ours,
     "generate, dynamic cache": generate,
     "continuous batching": continuous_batching,
 }
 
 
-def tiny(dtype: torch.dtype) -> PreTrainedModel:
-    """A random Qwen3 of 3M parameters."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        tie_word_embeddings=True,
-    )
-    return Qwen3ForCausalLM(config).to(dtype).eval()
-
-
-async def measure(engine: str, model: PreTrainedModel, count: int, seconds: float) -> list[float]:
+async def measure(side: Side, model: PreTrainedModel, count: int, seconds: float) -> list[float]:
     """Tokens per second of each repeat, after one that is not counted."""
     vocab = model.get_input_embeddings().num_embeddings
     prompts = torch.randint(vocab, (count, PROMPT)).tolist()
     rates = []
-    with ENGINES[engine](model) as burst:
+    async with side(model) as burst:
         await burst(prompts)
         until = time.perf_counter() + seconds
         while not rates or time.perf_counter() < until:
@@ -163,6 +205,31 @@ async def measure(engine: str, model: PreTrainedModel, count: int, seconds: floa
     return rates
 
 
+async def compare(
+    sides: dict[str, Side], model: PreTrainedModel, options: argparse.Namespace
+) -> dict[tuple[str, int], list[float]]:
+    """Tokens per second of every side and number of requests in flight."""
+    rates: dict[tuple[str, int], list[float]] = {}
+    for count in options.in_flight:
+        for name in [*sides, *reversed(sides)]:
+            found = await measure(sides[name], model, count, options.seconds / 2)
+            rates.setdefault((name, count), []).extend(found)
+    return rates
+
+
+async def compared(
+    model: PreTrainedModel, options: argparse.Namespace
+) -> dict[tuple[str, int], list[float]]:
+    """With SGLang where it is installed."""
+    if not options.sglang_python or options.device != "cpu":
+        print("without SGLang: SGLANG_PYTHON is not set, or this is not a CPU\n")
+        return await compare(ENGINES, model, options)
+    with tempfile.TemporaryDirectory() as folder:
+        async with sglang(model, options.sglang_python, Path(folder)) as server:
+            sides = {**ENGINES, "SGLang, PyTorch's kernels": partial(served, server)}
+            return await compare(sides, model, options)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="folder of a causal LM; default: a random Qwen3 of 3M")
@@ -170,28 +237,23 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=8.0, help="per cell")
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--sglang-python", default=os.environ.get("SGLANG_PYTHON"))
     options = parser.parse_args()
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # misses psutil
     dtype = getattr(torch, options.dtype)
     if options.model:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval()
     else:
-        model = tiny(dtype)
-    model = model.to(options.device)
-    rates: dict[tuple[str, int], list[float]] = {}
-    for count in options.in_flight:
-        for engine in [*ENGINES, *reversed(ENGINES)]:
-            found = asyncio.run(measure(engine, model, count, options.seconds / 2))
-            rates.setdefault((engine, count), []).extend(found)
-    loads = " ".join(f"{load:.1f}" for load in os.getloadavg())
+        model = random_qwen3(dtype)
+    rates = asyncio.run(compared(model.to(options.device), options))
     print(f"{options.model or 'random Qwen3, 3M'}, {options.dtype}, {options.device}, ", end="")
-    print(f"{torch.get_num_threads()} threads, load {loads} (1, 5, 15 min), tokens/s")
+    print(f"{torch.get_num_threads()} threads, {loads()} (1, 5, 15 min), tokens/s")
     print("| in flight |" + "".join(f" {count} |" for count in options.in_flight))
     print("|---|" + "---|" * len(options.in_flight))
-    for engine in ENGINES:
-        cells = [rates[engine, count] for count in options.in_flight]
+    for name in dict.fromkeys(name for name, _ in rates):
+        cells = [rates[name, count] for count in options.in_flight]
         row = "".join(f" {max(cell):.0f} ({statistics.median(cell):.0f}) |" for cell in cells)
-        print(f"| {engine} |{row}")
+        print(f"| {name} |{row}")
 
 
 if __name__ == "__main__":

@@ -7,23 +7,34 @@
     python chatlearn/data/data_preprocess/arithmetic_agent.py --local_dir data
     python benchmarks/trl_side_by_side.py \\
         --model pretrained_models/tiny --data data/train_agent.json
+    python benchmarks/trl_side_by_side.py --workload long --model pretrained_models/tiny
+
+Two workloads of a multi-turn agent with a tool, 64 rollouts a step in groups of 8:
+
+    calculator  at most 3 calls, about 70 tokens in all: where a real LangGraph run costs most
+    long        at most 6 calls on a prompt of 600 tokens, records of 45 tokens between them, about
+                1,000 tokens in all, thoughts of skewed lengths; see ``field_survey.py``
 
 First one batch of rollouts is given to both trainers: the same tokens, masks, rollout logprobs and
 advantages. Loss and gradient must agree to 1e-4, as sampled and also with the rollout logprobs
 shifted at random, so that both clip bounds cut. Then both train from the same weights, on the same
 prompts in the same order. They take turns (A B A B), each turn in a process of its own, so that
 neither pays for what the other imported. chatlearn is ``train()`` with ``LocalCluster``, as
-``chatlearn grpo`` runs it; TRL generates with ``generate``, its fastest way on a CPU, and has the
-calculator as ``tools=[...]``. Seconds a step are from the end of one step to the end of the next,
-all included. Both use ``--threads`` threads, which wait passively; on a model this small and cores
-that others use too, 1 is as fast as 2 or faster. What still differs, and on whose side:
+``chatlearn grpo`` runs it; TRL generates with ``generate``, its fastest way on a CPU (two steps of
+the long workload took 78 s of CPU; 102 with a static cache, and more than 186 with transformers'
+continuous batching: ``--trl-sampling``), and has the tool as ``tools=[...]``. Seconds a step are
+from the end of one step to the end of the next, all included. Both use ``--threads`` threads, which
+wait passively; on a model this small and cores that others use too, 1 is as fast as 2 or faster.
+What still differs, and on whose side:
 
 - TRL adds 1e-4 to the standard deviation of a group, chatlearn 1e-6: up to 0.03 % of an advantage.
 - TRL takes the ratio against its own forward pass, so that it is exactly 1 in the one step on a
   batch; chatlearn against what the engine recorded. They differ by the rounding of the engine.
-- chatlearn leaves rows without advantage out of the forward pass: here half of them, and more as
-  the reward rises. TRL computes them, and pads all rows to the longest. The former is about half of
-  the difference in train time; with every row computed, both took the same time for a step.
+- TRL's batch goes on until its longest answer is done, and begins each turn by computing every
+  context anew. In chatlearn a run that is answered goes on at once, and a context keeps its keys
+  and values over its turns.
+- chatlearn leaves rows without advantage out of the forward pass, and computes what rows begin with
+  in common once (``tree_packing``). TRL computes all rows, padded to the longest.
 - chatlearn tells Python's garbage collector to leave alone what is loaded; TRL does not.
 - chatlearn writes every rollout and every metric to disk; TRL is told to write nothing.
 - An unknown tool is answered in other words. The seeds are equal; the random numbers are not.
@@ -34,37 +45,30 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # TRL's calls of transformers
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # shared cores: do not spin
-
+import field_survey
 import torch
+from sides import Gradient, alone, apart, gradient_of, loads, padded
 
 if TYPE_CHECKING:  # each process loads only the library that it measures
     from trl import GRPOTrainer
 
     from chatlearn.types import Sample
 
-TEMPLATE = Path(__file__).resolve().parents[1] / "template" / "local_cpu.yaml"
+HERE = Path(__file__).resolve().parent
+TEMPLATE = HERE.parent / "template" / "local_cpu.yaml"
 GROUP, ROLLOUTS = 8, 64
-MAX_CALLS = 3  # model calls of a rollout, as in the example agent
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 BETAS = (0.9, 0.95)
-WARM_UP = 2
 TOLERANCE = 1e-4
 
 
@@ -72,6 +76,8 @@ TOLERANCE = 1e-4
 class Job:
     """One turn of one side; everything that both must agree on."""
 
+    workload: str
+    """A name in ``WORKLOADS``."""
     model: str
     prompts: str
     """File with ``ROLLOUTS / GROUP`` rows a step, in the order in which they are used."""
@@ -83,6 +89,8 @@ class Job:
     """Of a rollout after its prompt, tool results included."""
     lr: float
     threads: int
+    sampling: str
+    """A name in ``TRL_SAMPLING``."""
     seed: int = 0
 
 
@@ -128,6 +136,7 @@ def run_chatlearn(job: Job) -> list[Step]:
         "runtime_args.data_path": job.prompts,
         "runtime_args.data_shuffle": False,
         "runtime_args.seed": job.seed,
+        "runtime_args.import_modules": json.dumps(WORKLOADS[job.workload].modules),
         "runtime_args.num_episode": job.steps,
         "runtime_args.sample_per_episode": ROLLOUTS,
         "runtime_args.save_episode_interval": 0,
@@ -139,7 +148,7 @@ def run_chatlearn(job: Job) -> list[Step]:
         "models.policy.max_seq_len": job.longest_prompt + job.max_tokens,
         "models.policy_trainer.load": job.model,
         "models.policy_trainer.precision": "fp32",
-        "models.policy_trainer.max_token_in_packing": ROLLOUTS * 512,  # all rows at once, as TRL
+        "models.policy_trainer.max_token_in_packing": WORKLOADS[job.workload].packing,
         "models.policy_trainer.pos_clip_ratio": CLIP_HIGH,
         "models.policy_trainer.neg_clip_ratio": CLIP_LOW,
         "models.policy_trainer.optimizer.lr": job.lr,
@@ -186,6 +195,63 @@ def reward(completions: list[Any], ground_truth: list[str], **_: Any) -> list[fl
     return [arithmetic_reward(final_response(said), truth)[0] for said, truth in pairs]
 
 
+def survey_reward(completions: list[Any], ground_truth: list[str], **_: Any) -> list[float]:
+    """The function chatlearn scores these rows with."""
+    from chatlearn.rewards.score import final_response
+
+    pairs = zip(completions, ground_truth, strict=True)
+    return [field_survey.said_so(final_response(said), truth) for said, truth in pairs]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the agent does, and how each side is told."""
+
+    calls: int
+    """Most model calls of a rollout."""
+    max_tokens: int
+    """Of a rollout after its prompt, tool results included."""
+    lr: float
+    tool: Callable[..., str]
+    """As TRL takes it."""
+    reward: Callable[..., list[float]]
+    trl_rows: int
+    """Of a micro-batch of TRL. Of long rows, 4 to 16 take the same time: ``training_step.py``."""
+    packing: int
+    """Tokens of a micro-batch of chatlearn."""
+    steps: int
+    """Of a turn, unless told."""
+    warm_up: int
+    """So many of them are not timed."""
+    modules: list[str]
+    """With the agent and the reward of chatlearn."""
+
+
+WORKLOADS = {
+    "calculator": Workload(3, 96, 5e-4, calculator, reward, ROLLOUTS, ROLLOUTS * 512, 12, 2, []),
+    "long": Workload(
+        field_survey.MAX_CALLS,
+        field_survey.MAX_TOKENS,
+        1e-5,
+        field_survey.measure,
+        survey_reward,
+        16,
+        8192,
+        3,
+        1,
+        [str(HERE / "field_survey_agent.py")],
+    ),
+}
+
+
+TRL_SAMPLING: dict[str, dict[str, Any]] = {
+    "generate": {},
+    "static": {"cache_implementation": "static"},
+    "continuous": {"use_transformers_continuous_batching": True},
+}
+"""Settings of TRL's ways to sample without vLLM, which has no build for CPUs on PyPI."""
+
+
 def trl_trainer(job: Job) -> tuple[GRPOTrainer, list[Step]]:
     """A GRPOTrainer of the same settings, and the list that gets a ``Step`` after each of its."""
     from datasets import Dataset
@@ -218,18 +284,21 @@ def trl_trainer(job: Job) -> tuple[GRPOTrainer, list[Step]]:
                 steps.append(Step(now, trainer.rollout_s, train_s, tokens, logs["reward"]))
 
     torch.set_num_threads(job.threads)
+    workload = WORKLOADS[job.workload]
     config = GRPOConfig(
         output_dir=f"{job.folder}/trl",
         use_cpu=True,
         bf16=False,
         seed=job.seed,
         shuffle_dataset=False,
-        per_device_train_batch_size=ROLLOUTS,
+        per_device_train_batch_size=workload.trl_rows,
+        gradient_accumulation_steps=ROLLOUTS // workload.trl_rows,
         num_generations=GROUP,
         max_completion_length=job.max_tokens,
-        max_tool_calling_iterations=MAX_CALLS - 1,
+        max_tool_calling_iterations=workload.calls - 1,
         max_steps=job.steps,
         temperature=1.0,
+        **TRL_SAMPLING[job.sampling],
         loss_type="dapo",
         scale_rewards="group",
         beta=0.0,
@@ -259,9 +328,9 @@ def trl_trainer(job: Job) -> tuple[GRPOTrainer, list[Step]]:
                 for row in rows
             ]
         ),
-        reward_funcs=reward,
+        reward_funcs=workload.reward,
         processing_class=tokenizer,
-        tools=[calculator],
+        tools=[workload.tool],
         callbacks=[Notes()],
     )
     trainer.remove_callback(PrinterCallback)
@@ -276,8 +345,6 @@ def run_trl(job: Job) -> list[Step]:
 
 
 # The same gradient -----------------------------------------------------------------------------
-
-Gradient = dict[str, torch.Tensor]
 
 
 def compare_gradients(job: Job) -> list[tuple[str, float, float, float, float]]:
@@ -299,10 +366,7 @@ def compare_gradients(job: Job) -> list[tuple[str, float, float, float, float]]:
     for name, samples in (("as sampled", sampled), ("shifted", [shifted(s) for s in sampled])):
         our_loss, clipped, ours = chatlearn_gradient(job, samples)
         trl_loss, theirs = trl_gradient(trainer, samples)
-        assert ours.keys() == theirs.keys()
-        apart = torch.stack([(ours[key] - theirs[key]).norm() for key in ours]).norm()
-        size = torch.stack([value.norm() for value in theirs.values()]).norm()
-        found.append((name, our_loss, trl_loss, float(apart / size), clipped))
+        found.append((name, our_loss, trl_loss, apart(ours, theirs), clipped))
     return found
 
 
@@ -315,13 +379,12 @@ def chatlearn_gradient(job: Job, samples: Sequence[Sample]) -> tuple[float, floa
     model = load_policy(job.model, device=torch.device("cpu"), precision="fp32")
     settings = TrainerSettings(pos_clip_ratio=CLIP_HIGH, neg_clip_ratio=CLIP_LOW)
     trainer = PolicyTrainer(model, None, settings)
-    gradient: Gradient = {}
-    for name, parameter in model.named_parameters():
-        parameter.register_post_accumulate_grad_hook(
-            lambda p, name=name: gradient.__setitem__(name, p.grad.clone())
-        )
-    # small micro-batches, so that their sum is compared with TRL's single batch
-    batches = step_batches(samples, "token-mean", horizon=1, max_tokens=1024)
+    gradient, _ = gradient_of(model)
+    # several micro-batches, so that their sum is compared with TRL's single batch
+    most = max(1024, max(len(sample.token_ids) for sample in samples))
+    batches = step_batches(
+        samples, "token-mean", horizon=1, max_tokens=most, tree=trainer.packs_trees
+    )
     metrics = asyncio.run(trainer.step(batches))
     clipped = metrics["policy/clip_fraction_low"] + metrics["policy/clip_fraction_high"]
     return metrics["policy/loss"], clipped, gradient
@@ -329,37 +392,10 @@ def chatlearn_gradient(job: Job, samples: Sequence[Sample]) -> tuple[float, floa
 
 def trl_gradient(trainer: GRPOTrainer, samples: Sequence[Sample]) -> tuple[float, Gradient]:
     """Loss and gradient of TRL's ``compute_loss``, on tensors as its generation leaves them."""
-    starts = [sample.loss_mask.index(True) for sample in samples]
-    width = max(starts)
-    length = max(len(s.token_ids) - start for s, start in zip(samples, starts, strict=True))
-
-    def padded(rows: list[list[Any]], dtype: torch.dtype, *, left: bool) -> torch.Tensor:
-        to = width if left else length
-        gaps = [[0] * (to - len(row)) for row in rows]
-        pairs = zip(rows, gaps, strict=True)
-        return torch.tensor([gap + row if left else row + gap for row, gap in pairs], dtype=dtype)
-
-    def completions(field: str, dtype: torch.dtype) -> torch.Tensor:
-        pairs = zip(samples, starts, strict=True)
-        return padded([getattr(s, field)[start:] for s, start in pairs], dtype, left=False)
-
-    prompts = [s.token_ids[:start] for s, start in zip(samples, starts, strict=True)]
-    answers = [s.token_ids[start:] for s, start in zip(samples, starts, strict=True)]
-    tool_mask = completions("loss_mask", torch.long)
-    inputs = {
-        "prompt_ids": padded(prompts, torch.long, left=True),
-        "prompt_mask": padded([[1] * len(p) for p in prompts], torch.long, left=True),
-        "completion_ids": completions("token_ids", torch.long),
-        "completion_mask": padded([[1] * len(a) for a in answers], torch.long, left=False),
-        "tool_mask": tool_mask,
-        "old_per_token_logps": completions("rollout_logprobs", torch.float32),
-        "advantages": torch.tensor(
-            [s.advantages[start] for s, start in zip(samples, starts, strict=True)]
-        ),
-        "num_items_in_batch": tool_mask.sum(),
-    }
+    inputs = padded(samples)
     model = trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1  # the training loop would set it
+    # the training loop would set it; equal to the other, so that this batch is the whole step
+    trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation
     model.zero_grad()
     loss = trainer.compute_loss(model, inputs)
     loss.backward()
@@ -371,22 +407,12 @@ def trl_gradient(trainer: GRPOTrainer, samples: Sequence[Sample]) -> tuple[float
 SIDES = {"chatlearn": run_chatlearn, "TRL": run_trl}
 
 
-def alone(function: Any, job: Job) -> Any:
-    """``function(job)`` in a process of its own that starts from nothing."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, job).result()
-
-
-def loads() -> str:
-    return "load " + " ".join(f"{load:.1f}" for load in os.getloadavg())
-
-
-def row(side: str, turns: Sequence[Sequence[Step]]) -> str:
+def row(side: str, turns: Sequence[Sequence[Step]], warm_up: int) -> str:
     """One line of the table: medians over all timed steps of all turns."""
     timed = [
         (after.ended - before.ended, after)
         for turn in turns
-        for before, after in pairwise(turn[WARM_UP - 1 :])
+        for before, after in pairwise(turn[warm_up - 1 :])
     ]
     seconds = [took for took, _ in timed]
     rest = [took - step.rollout_s - step.train_s for took, step in timed]
@@ -411,41 +437,55 @@ def prepared(options: argparse.Namespace, folder: str) -> Job:
 
     from chatlearn.data.row_files import read_rows, write_rows
 
+    workload, model = WORKLOADS[options.workload], options.model
     count = options.steps * ROLLOUTS // GROUP
-    rows = [fields for _, fields in read_rows(options.data)[:count]]
+    if options.workload == "long":
+        model = f"{folder}/model"
+        field_survey.make_policy(options.model, Path(model))
+        rows = field_survey.rows(count, seed=0)
+    else:
+        rows = [fields for _, fields in read_rows(options.data)[:count]]
     if len(rows) < count:
         raise SystemExit(f"{options.steps} steps use {count} rows; {options.data} has {len(rows)}")
     prompts = Path(folder) / "prompts.json"
     write_rows(prompts, rows)
-    render = AutoTokenizer.from_pretrained(options.model).apply_chat_template
+    render = AutoTokenizer.from_pretrained(model).apply_chat_template
     lengths = [
         len(render(fields["prompt"], add_generation_prompt=True, return_dict=False))
         for fields in rows
     ]
     return Job(
-        model=options.model,
+        workload=options.workload,
+        model=model,
         prompts=str(prompts),
         folder=folder,
         longest_prompt=max(lengths),
         steps=options.steps,
-        max_tokens=options.max_tokens,
-        lr=options.lr,
+        max_tokens=options.max_tokens or workload.max_tokens,
+        lr=options.lr or workload.lr,
         threads=options.threads,
+        sampling=options.trl_sampling,
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="folder of a small chat model")
-    parser.add_argument("--data", required=True, type=Path, help="train_agent.json of sums")
-    parser.add_argument("--steps", type=int, default=12, help=f"of a turn; {WARM_UP} are warm-up")
+    parser.add_argument("--workload", default="calculator", choices=WORKLOADS)
+    parser.add_argument("--data", type=Path, help="train_agent.json of sums, for the calculator")
+    parser.add_argument("--steps", type=int, help="of a turn")
     parser.add_argument("--turns", type=int, default=2, help="of each side")
-    parser.add_argument("--max-tokens", type=int, default=96, help="after the prompt")
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--max-tokens", type=int, help="after the prompt")
+    parser.add_argument("--lr", type=float)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--trl-sampling", default="generate", choices=TRL_SAMPLING)
     options = parser.parse_args()
-    if options.steps <= WARM_UP:
-        parser.error(f"--steps must be above the {WARM_UP} that are warm-up")
+    if options.workload == "calculator" and options.data is None:
+        parser.error("the calculator needs --data")
+    workload = WORKLOADS[options.workload]
+    options.steps = options.steps or workload.steps
+    if options.steps <= workload.warm_up:
+        parser.error(f"--steps must be above the {workload.warm_up} that are warm-up")
     with tempfile.TemporaryDirectory() as folder:
         job = prepared(options, folder)
         batches = alone(compare_gradients, job)
@@ -455,9 +495,9 @@ def main() -> None:
         print("|---|---|---|---|---|")
         for name, ours, theirs, apart, clipped in batches:
             print(f"| {name} | {ours:.7f} | {theirs:.7f} | {apart:.1e} | {clipped:.1%} |")
-        apart = max(batch[3] for batch in batches)
-        if apart >= TOLERANCE:
-            raise SystemExit(f"the gradients differ by {apart:.1e}, more than {TOLERANCE}")
+        gap = max(batch[3] for batch in batches)
+        if gap >= TOLERANCE:
+            raise SystemExit(f"the gradients differ by {gap:.1e}, more than {TOLERANCE}")
         turns: dict[str, list[list[Step]]] = {side: [] for side in SIDES}
         print()
         for seed in range(options.turns):
@@ -469,11 +509,13 @@ def main() -> None:
         f"\n{ROLLOUTS} rollouts a step, {options.threads} threads, fp32; seconds are medians ",
         end="",
     )
-    print(f"of {options.turns} x {options.steps - WARM_UP} steps (in brackets the fastest)")
+    print(
+        f"of {options.turns} x {options.steps - workload.warm_up} steps (in brackets the fastest)"
+    )
     print("| | s a step | rollout s | train s | rest s | sampled tokens a step | tokens/s ", end="")
     print("| reward, first 3 steps | last 3 |\n" + "|---" * 9 + "|")
     for side, found in turns.items():
-        print(row(side, found))
+        print(row(side, found, workload.warm_up))
 
 
 if __name__ == "__main__":
