@@ -22,6 +22,8 @@ from chatlearn.errors import ChatLearnError
 
 VERBS = {
     "grpo": "train agents with GRPO",
+    "tune": "train or debug a two-file project (AgentJet, astuner)",
+    "data": "fetch, show and prepare datasets; serve environments",
     "stop": "end a run, and only what it started",
 }
 """Each is a module of ``chatlearn.cli`` with ``add_arguments(parser)`` and

@@ -6,7 +6,9 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Coroutine
+import threading
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,21 @@ from chatlearn.train import train
 logger = logging.getLogger(__name__)
 
 
-def launch(cfg: GrpoConfig) -> Path | None:
+def launch(
+    cfg: GrpoConfig,
+    *,
+    on_start: Callable[[Callable[[], None]], None] | None = None,
+    beside: Callable[[RunFolder], AbstractContextManager[object]] = nullcontext,
+) -> Path | None:
     """Run ``cfg`` to its end and print the report; returns the run folder.
 
     On a machine that is not the first of several it lends the machine to the run, returns when that
     is over, and has no run folder.
+
+    Args:
+        on_start: is handed a function that ends the run as Ctrl-C does, from any thread: signals
+            reach only a run in the main thread.
+        beside: what goes on as long as the run does, told its folder: a TensorBoard for instance.
 
     Raises:
         ChatLearnError: what, where and what to do.
@@ -57,13 +69,18 @@ def launch(cfg: GrpoConfig) -> Path | None:
         with (
             open_progress(args.num_episode, start=start) as progress,
             Tracker(run.metrics_file, _sinks(cfg, run, start), progress=progress) as tracker,
+            beside(run),
         ):
-            asyncio.run(_until_ended(train(cfg, _cluster(cfg, run, node), run, tracker)))
+            training = train(cfg, _cluster(cfg, run, node), run, tracker)
+            asyncio.run(_until_ended(training, on_start))
         console().print(final_report(run.path), soft_wrap=True)
         return run.path
 
 
-async def _until_ended(training: Coroutine[Any, Any, None]) -> None:
+async def _until_ended(
+    training: Coroutine[Any, Any, None],
+    on_start: Callable[[Callable[[], None]], None] | None,
+) -> None:
     """Await ``training``; SIGTERM ends it as Ctrl-C does, also where a shell that started the run
     in the background had it ignore SIGINT."""
     running = asyncio.current_task()
@@ -74,7 +91,11 @@ async def _until_ended(training: Coroutine[Any, Any, None]) -> None:
         terminated.set()
         running.cancel()
 
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminate)
+    loop = asyncio.get_running_loop()
+    if threading.current_thread() is threading.main_thread():
+        loop.add_signal_handler(signal.SIGTERM, terminate)
+    if on_start is not None:
+        on_start(lambda: loop.call_soon_threadsafe(terminate))
     try:
         await training
     except asyncio.CancelledError:

@@ -55,7 +55,7 @@ async def train(cfg: GrpoConfig, cluster: Cluster, run: RunFolder, tracker: Trac
             with tracker.episode(0) as log:
                 log(await _evaluate(cfg, cluster, eval_tasks, run, tracker, episode=0))
 
-        scoring = _scoring(cfg)
+        scoring = scoring_of(cfg)
         async with _rollout_manager(cfg, cluster, stream, tracker) as rollouts:
             for episode in range(start + 1, args.num_episode + 1):
                 with tracker.episode(episode) as log:
@@ -130,7 +130,7 @@ async def _against_proximal(
     return [[next(following) for _ in row] for row in rows]
 
 
-def _scoring(cfg: GrpoConfig) -> Scoring:
+def scoring_of(cfg: GrpoConfig) -> Scoring:
     """How groups become advantages and samples."""
     settings = cfg.models.policy_trainer
     return Scoring(

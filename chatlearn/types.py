@@ -43,15 +43,16 @@ class Outcome(_Word):
     FINISHED = "finished"
     """The graph reached its end."""
     TRUNCATED = "truncated"
-    """A token limit cut the run: of a call, of the rollout, or of the context."""
+    """A token limit cut the run, of a call, of the rollout or of the context, or a check did."""
     TURN_LIMIT = "turn_limit"
     """The graph was stopped by LangGraph's recursion limit."""
     AGENT_ERROR = "agent_error"
     """User code of the agent raised, or returned something that is not an agent's output."""
     JUDGE_ERROR = "judge_error"
-    """The reward function raised, or returned something that is not a finite number."""
+    """A reward function, a judge or a check raised, or returned no finite number."""
     ENGINE_ERROR = "engine_error"
-    """The engine failed: infrastructure, not the policy. Such a run is tried again."""
+    """The engine, or an environment service, failed: infrastructure, not the policy. Such a run is
+    tried again."""
     TIMEOUT = "timeout"
     """The run took longer than ``runtime_args.agent_timeout_s``."""
     ABORTED = "aborted"
@@ -217,7 +218,7 @@ class Turn:
     reward: float | None = None
     """The turn's own reward; None = that of the run."""
     excluded: str = ""
-    """Why its tokens are context and never trained; '' when they are trained."""
+    """Why its tokens are context and never trained, as ``check: repetition``; '' when they are."""
 
     @property
     def path(self) -> str:

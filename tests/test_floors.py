@@ -27,6 +27,7 @@ FLOORS = {
     "chatlearn.train": 5,
     "chatlearn.launch": 6,
     "chatlearn.cli": 6,
+    "chatlearn.tuner": 6,
     "chatlearn.entrypoint": 6,
     "chatlearn.__main__": 6,
 }

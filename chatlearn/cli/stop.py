@@ -50,12 +50,16 @@ def main(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     run, owner = next(iter(runs.items()))
     if owner is None or owner.host != socket.gethostname():
         raise ConfigError(f"the run {run} is that of {owner}; stop it on that machine")
-    _end(run, owner, arguments.grace)
+    end_run(run, owner, arguments.grace)
     sys.stdout.write(f"{run} has ended; the same command continues it from its checkpoint\n")
 
 
-def _end(run: Path, owner: Owner, grace_s: float) -> None:
-    """Signal the process until it has let go of the run's lock."""
+def end_run(run: Path, owner: Owner, grace_s: float) -> None:
+    """Signal the process until it has let go of the run's lock.
+
+    Raises:
+        ConfigError: it does not end.
+    """
     for number, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(owner.pid, number)

@@ -19,7 +19,7 @@ from chatlearn.algorithm.losses import (
     kl_k3,
 )
 from chatlearn.algorithm.objective import Objective
-from chatlearn.config.schema import PolicyTrainerConfig
+from chatlearn.config.models import PolicyTrainerConfig
 from chatlearn.errors import TrainerError
 from chatlearn.types import Sample
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from langchain_core.language_models import BaseChatModel
 
-from chatlearn.config.schema import AuxiliaryModel
+from chatlearn.config.runtime_args import AuxiliaryModel
 from chatlearn.errors import ConfigError, boundary
 from chatlearn.rewards.registry import load_function
 
