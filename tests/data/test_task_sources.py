@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 from pathlib import Path
 
 import pyarrow
@@ -16,7 +17,7 @@ from chatlearn.data.dataset_config import DatasetConfig
 from chatlearn.data.task_sources import TaskSource, read_source
 from chatlearn.errors import DataError
 
-REAL = Path("/work/shared/data")
+REAL = Path(os.environ.get("CHATLEARN_TEST_DATA") or Path(__file__).parents[3] / "shared" / "data")
 ROWS = [{"question": "2 + 2 等于多少?", "answer": "4"}, {"question": "4+4?", "answer": "8"}]
 
 

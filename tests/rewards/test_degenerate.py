@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import random
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from chatlearn.rewards.checks import CHECKS, SampledTurn
 from chatlearn.rewards.nonsense import nonsense
 from chatlearn.rewards.repetition import repetition
 
-RAW = Path(__file__).parents[3] / "shared" / "data"
+RAW = Path(os.environ.get("CHATLEARN_TEST_DATA") or Path(__file__).parents[3] / "shared" / "data")
 DIGITS = "".join(random.Random(0).choices("0123456789", k=1000))
 ROW = "| 1 | 2 | 3 |\n"
 MATRIX = "\\begin{pmatrix}\n" + " \\\\\n".join(["0 & 0 & 0 & 0 & 0"] * 5) + "\n\\end{pmatrix}"
