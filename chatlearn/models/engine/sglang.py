@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from chatlearn.errors import EngineError, EngineLost
 from chatlearn.models.engine.sglang_http import SGLangHttp
+from chatlearn.models.engine.sglang_intake import WeightIntake
 from chatlearn.types import Completion, SamplingParams, Session, StopReason
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class _Counts:
     """Time in which at least one request was in flight."""
 
 
-class SGLangEngine:
+class SGLangEngine(WeightIntake):
     """Speaks to the server at ``url``.
 
     Args:
@@ -88,7 +89,7 @@ class SGLangEngine:
         adapter: str | None = None,
     ) -> None:
         self.url = url.rstrip("/")
-        self._server = SGLangHttp(self.url, on_lost=self.restarted)
+        super().__init__(SGLangHttp(self.url, on_lost=self.restarted))
         self._eos = sorted(eos_token_ids)
         self._max_context, self._vocab, self._adapter = max_context, vocab_size, adapter
         self._timeout_s, self._deterministic = request_timeout_s, deterministic
@@ -249,36 +250,6 @@ class SGLangEngine:
                 logger.debug("the caches of %s stay under their old version: %s", self.url, error)
         await self._release("update")
 
-    async def update_from_tensors(
-        self, payloads: Sequence[str], *, load_format: str = "flattened_bucket"
-    ) -> None:
-        """Load one bucket; ``payloads`` has one entry a tensor-parallel rank, base64."""
-        body = {"serialized_named_tensors": list(payloads), "load_format": load_format}
-        await self._server.ask("/update_weights_from_tensor", body | {"flush_cache": False})
-
-    async def update_from_group(
-        self,
-        names: Sequence[str],
-        dtypes: Sequence[str],
-        shapes: Sequence[Sequence[int]],
-        group_name: str,
-    ) -> None:
-        """Receive one bucket in one broadcast of rank 0 of ``group_name``, and load it."""
-        body = {
-            "names": list(names),
-            "dtypes": list(dtypes),
-            "shapes": [list(shape) for shape in shapes],
-            "group_name": group_name,
-            "load_format": "flattened_bucket",
-            "flush_cache": False,
-        }
-        await self._server.ask("/update_weights_from_distributed", body)
-
-    async def update_from_disk(self, path: str, *, version: int) -> None:
-        """Load the safetensors files of a folder that the server can read."""
-        body = {"model_path": str(path), "weight_version": str(version), "flush_cache": False}
-        await self._server.ask("/update_weights_from_disk", body)
-
     async def replace_adapter(self, path: str, *, version: int) -> None:
         """Sample with the adapter in a folder of ``peft``'s format that the server can read, named
         ``version``. Takes the place of an update; waits for requests that run with the last one.
@@ -293,43 +264,6 @@ class SGLangEngine:
         body = {"new_version": str(version), "abort_all_requests": False}
         await self._server.ask("/update_weight_version", body)
         self._label = str(version)
-
-    async def join_group(
-        self,
-        *,
-        master_address: str,
-        master_port: int,
-        rank_offset: int,
-        world_size: int,
-        group_name: str,
-        backend: str,
-    ) -> None:
-        """Become ranks ``rank_offset`` and following of a process group; returns when it is up."""
-        body = {
-            "master_address": master_address,
-            "master_port": master_port,
-            "rank_offset": rank_offset,
-            "world_size": world_size,
-            "group_name": group_name,
-            "backend": backend,
-        }
-        await self._server.ask("/init_weights_update_group", body)
-
-    async def leave_group(self, group_name: str) -> None:
-        await self._server.ask("/destroy_weights_update_group", {"group_name": group_name})
-
-    async def checksums(self) -> dict[str, str]:
-        """Hash of every parameter as the server holds it: fused, padded, in its dtype. With tensor
-        parallelism the names begin with the rank: ``1/model.norm.weight``. Of a layer that has
-        adapters, the base."""
-        ranks = (await self._server.ask("/weights_checker", {"action": "checksum"}))["ranks"]
-        if len(ranks) == 1:
-            return {_plain(name): value for name, value in ranks[0]["checksums"].items()}
-        return {
-            f"{index}/{_plain(name)}": value
-            for index, rank in enumerate(ranks)
-            for name, value in rank["checksums"].items()
-        }
 
     async def close(self) -> None:
         """Close the connections; the server goes on."""
@@ -469,11 +403,6 @@ def _was_aborted(meta: dict[str, Any]) -> bool:
 def _number(label: str) -> int | None:
     """A version, from SGLang's text; None for the weights a server was started with."""
     return int(label) if label.isdecimal() else None
-
-
-def _plain(name: str) -> str:
-    """The name of a parameter in a server without LoRA."""
-    return name.replace(".base_layer.", ".")
 
 
 def _window(stop: Sequence[str]) -> str:
