@@ -25,12 +25,12 @@ from typing import Any
 
 from chatlearn.data.data_preprocess.gsm8k_agent import SOURCE as GSM8K
 from chatlearn.data.data_preprocess.math_lighteval_agent import SOURCE as MATH
+from chatlearn.data.prompt_dataset import listed
 from chatlearn.errors import DataError
 from chatlearn.types import Message
 
 logger = logging.getLogger(__name__)
 
-SHOWN_PROBLEMS = 5
 _QUESTIONS = ("query", "main_query", "question", "problem", "prompt", "instruction")
 _ANSWERS = ("ground_truth", "answer", "target")
 _EXTRACT: dict[str, Callable[[str], str | None]] = {"marked": GSM8K.answer, "boxed": MATH.answer}
@@ -162,9 +162,7 @@ def to_rows(
         except _Bad as problem:
             problems.append(f"row {number}: {problem}")
     if problems:
-        more = len(problems) - SHOWN_PROBLEMS
-        shown = problems[:SHOWN_PROBLEMS] + ([f"... and {more} more rows"] if more > 0 else [])
-        raise DataError("rows do not have what the field map names:\n  " + "\n  ".join(shown))
+        raise DataError(listed("rows do not have what the field map names", problems))
     return made
 
 

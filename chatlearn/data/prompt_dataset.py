@@ -64,10 +64,15 @@ def read_tasks(paths: Sequence[str]) -> list[Task]:
             except _Bad as problem:
                 problems.append(f"{file}, {place}: {problem}")
     if problems:
-        more = len(problems) - SHOWN_PROBLEMS
-        lines = problems[:SHOWN_PROBLEMS] + ([f"... and {more} more rows"] if more > 0 else [])
-        raise DataError("wrong rows in the dataset:\n  " + "\n  ".join(lines))
+        raise DataError(listed("wrong rows in the dataset", problems))
     return tasks
+
+
+def listed(what: str, problems: Sequence[str]) -> str:
+    """The first few of many problems, one a row, below ``what``."""
+    more = len(problems) - SHOWN_PROBLEMS
+    lines = [*problems[:SHOWN_PROBLEMS], *([f"... and {more} more rows"] if more > 0 else [])]
+    return "\n  ".join([f"{what}:", *lines])
 
 
 def drop_long(

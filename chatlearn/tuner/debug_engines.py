@@ -176,16 +176,16 @@ class UrlEngine:
         return Completion(ids, [0.0] * len(ids), reason, (0, 0))
 
     async def publish(self, weights: Weights, *, version: int) -> None:
-        pass
+        """The server's model stays: nothing is trained."""
 
     async def sleep(self) -> None:
-        pass
+        """Holds no memory."""
 
     async def wake(self) -> None:
-        pass
+        """Never slept."""
 
     async def abort(self, session: Session) -> None:
-        pass
+        """Each request ends with the run that awaits it."""
 
     async def _ask(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         address = self._base_url + path
